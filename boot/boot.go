@@ -1,0 +1,219 @@
+// Package boot puts a kernel, its initrd, command line and memory map into guest RAM and
+// says in which state the first vCPU enters it.
+//
+// The kernel is unpacked here, on the host, and entered by PVH (Xen's x86/HVM direct boot
+// ABI), so the guest spends no time in firmware or in its own decompressor:
+//
+//	bzImage ─ setup header ─> payload ─ zstd, gzip, xz, lz4 ─┐
+//	vmlinux, any ELF with a PVH note ────────────────────────┴─> PT_LOAD segments ─> guest RAM
+//
+//	0x6000    hvm_start_info, memory map, module list
+//	0x7000    command line
+//	0xe0000   ACPI tables
+//	p_paddr   kernel segments (Linux: from 16 MiB)
+//	...       initrd, as high in low RAM as it goes
+package boot
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"baton/kvm/guestmem"
+)
+
+const (
+	startInfoAddr = 0x6000 // with everything it points to, but for the command line
+	memmapAddr    = startInfoAddr + 0x100
+	modlistAddr   = startInfoAddr + 0x800
+	cmdlineAddr   = 0x7000
+	cmdlineMax    = 32<<10 - 1
+	bootDataEnd   = cmdlineAddr + cmdlineMax + 1
+
+	// initrdEnd is one above the initrd_addr_max that every x86-64 Linux declares.
+	initrdEnd = 0x8000_0000
+)
+
+// Config is what to load.
+type Config struct {
+	Map     Map    // of the memory that Load writes to
+	Kernel  string // path of a bzImage or of an ELF file with a PVH note
+	Initrd  string // path, or empty for none
+	Cmdline string
+	ACPI    []byte // tables, to be placed at ACPIBase; at most ACPISize bytes
+	RSDP    uint64 // guest-physical address of the RSDP, 0 for none
+}
+
+// Entry says where the first vCPU begins; see CPU for its whole state.
+type Entry struct {
+	PC        uint64 // guest-physical address of the PVH entry point
+	StartInfo uint64 // guest-physical address of hvm_start_info
+}
+
+// Load fills mem as cfg says. Every file is read straight into guest RAM. Errors name the
+// file, the numbers that do not fit and what to do about it.
+func Load(mem *guestmem.Memory, cfg Config) (Entry, error) {
+	img, err := loadKernel(mem, cfg)
+	if err != nil {
+		return Entry{}, fmt.Errorf("load kernel %s: %w", cfg.Kernel, err)
+	}
+	if err := putCmdline(mem, cfg.Cmdline, img.cmdlineMax); err != nil {
+		return Entry{}, err
+	}
+	if len(cfg.ACPI) > ACPISize {
+		return Entry{}, fmt.Errorf("load ACPI tables: %d bytes do not fit into %d", len(cfg.ACPI), ACPISize)
+	}
+	if _, err := mem.WriteAt(cfg.ACPI, ACPIBase); err != nil {
+		return Entry{}, fmt.Errorf("load ACPI tables: %w", err)
+	}
+	var initrd guestmem.Range
+	if cfg.Initrd != "" {
+		if initrd, err = loadInitrd(mem, cfg, img.end); err != nil {
+			return Entry{}, fmt.Errorf("load initrd %s: %w", cfg.Initrd, err)
+		}
+	}
+	if err := putStartInfo(mem, cfg, initrd); err != nil {
+		return Entry{}, fmt.Errorf("write start info: %w", err)
+	}
+	return Entry{PC: uint64(img.entry), StartInfo: startInfoAddr}, nil
+}
+
+// loadKernel recognises the file's format and loads it.
+func loadKernel(mem *guestmem.Memory, cfg Config) (image, error) {
+	f, n, err := openRegular(cfg.Kernel)
+	if err != nil {
+		return image{}, err
+	}
+	defer f.Close()
+	head := make([]byte, setupHeaderEnd)
+	got, err := f.ReadAt(head, 0)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return image{}, err
+	}
+	switch head = head[:got]; {
+	case got == 0:
+		return image{}, errors.New("the file is empty")
+	case isELF(head):
+		return loadELF(mem, cfg.Map, f)
+	case isBzImage(head):
+		return loadBzImage(mem, cfg.Map, f, n, head)
+	default:
+		return image{}, fmt.Errorf("not a kernel: it looks like %s\ngive a bzImage (Debian: /boot/vmlinuz-*) or an ELF file with a PVH note", looksLike(head))
+	}
+}
+
+func loadInitrd(mem *guestmem.Memory, cfg Config, kernelEnd uint64) (guestmem.Range, error) {
+	f, n, err := openRegular(cfg.Initrd)
+	if err != nil {
+		return guestmem.Range{}, err
+	}
+	defer f.Close()
+	top, floor := min(end(cfg.Map.Low), initrdEnd), max(kernelEnd, legacyEnd)
+	if floor > top || n > top-floor {
+		room := top - min(floor, top)
+		return guestmem.Range{}, fmt.Errorf("its %d bytes do not fit between the kernel's end at %#x and %#x (%d bytes)\ngive the guest at least %d MiB more memory",
+			n, floor, top, room, (n-room+1<<20-1)>>20)
+	}
+	r := guestmem.Range{Base: (top - n) &^ (page - 1), Size: n}
+	if r.Base < floor { // less than a page of room was left
+		r.Base = floor
+	}
+	if n == 0 {
+		return r, nil
+	}
+	p, err := mem.Bytes(r.Base, n)
+	if err != nil {
+		return r, err
+	}
+	if _, err := io.ReadFull(f, p); err != nil {
+		return r, fmt.Errorf("read %d bytes: %w", n, err)
+	}
+	mem.MarkDirty(r.Base, n)
+	return r, nil
+}
+
+func putCmdline(mem *guestmem.Memory, s string, limit uint64) error {
+	if uint64(len(s)) > limit {
+		return fmt.Errorf("pass command line: %d bytes are more than this kernel takes (%d)", len(s), limit)
+	}
+	if strings.IndexByte(s, 0) >= 0 {
+		return errors.New("pass command line: it contains a zero byte")
+	}
+	if _, err := mem.WriteAt(append([]byte(s), 0), cmdlineAddr); err != nil {
+		return fmt.Errorf("pass command line: %w", err)
+	}
+	return nil
+}
+
+// startInfo, memmapEntry and modlistEntry are hvm_start_info version 1, hvm_memmap_table_entry
+// and hvm_modlist_entry of Xen's public/arch-x86/hvm/start_info.h.
+type startInfo struct {
+	Magic, Version, Flags, NrModules               uint32
+	ModlistAddr, CmdlineAddr, RSDPAddr, MemmapAddr uint64
+	MemmapEntries, _                               uint32
+}
+
+type memmapEntry struct {
+	Addr, Size uint64
+	Type       MemType
+	_          uint32
+}
+
+type modlistEntry struct{ Addr, Size, CmdlineAddr, _ uint64 }
+
+const startInfoMagic = 0x336ec578 // XEN_HVM_START_MAGIC_VALUE
+
+func putStartInfo(mem *guestmem.Memory, cfg Config, initrd guestmem.Range) error {
+	var memmap []memmapEntry
+	for _, e := range cfg.Map.E820() {
+		memmap = append(memmap, memmapEntry{Addr: e.Base, Size: e.Size, Type: e.Type})
+	}
+	si := startInfo{
+		Magic: startInfoMagic, Version: 1,
+		CmdlineAddr: cmdlineAddr, RSDPAddr: cfg.RSDP,
+		MemmapAddr: memmapAddr, MemmapEntries: uint32(len(memmap)),
+	}
+	if initrd.Size != 0 {
+		si.NrModules, si.ModlistAddr = 1, modlistAddr
+	}
+	for _, v := range []struct {
+		at   int64
+		data any
+	}{
+		{startInfoAddr, si},
+		{memmapAddr, memmap},
+		{modlistAddr, modlistEntry{Addr: initrd.Base, Size: initrd.Size}},
+	} {
+		b, err := binary.Append(nil, binary.LittleEndian, v.data)
+		if err != nil {
+			return err
+		}
+		if _, err := mem.WriteAt(b, v.at); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// openRegular opens a file for reading and returns its size in bytes.
+func openRegular(path string) (*os.File, uint64, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, 0, errors.Unwrap(err)
+	}
+	fi, err := f.Stat()
+	switch {
+	case err != nil:
+	case fi.IsDir():
+		err = errors.New("is a directory")
+	case !fi.Mode().IsRegular():
+		err = fmt.Errorf("is not a regular file (%s)", fi.Mode().Type())
+	default:
+		return f, uint64(fi.Size()), nil
+	}
+	f.Close()
+	return nil, 0, err
+}
