@@ -154,4 +154,3 @@ func looksLike(head []byte) string {
 	}
 	return "data of an unknown kind"
 }
-
