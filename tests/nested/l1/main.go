@@ -1,0 +1,101 @@
+// Command l1 is the first process of the nested host. It loads the modules that the
+// initramfs brought, makes the root of L0 its own (9p, read only, under a tmpfs overlay)
+// and then runs what L0 asks for over a virtio-serial port (package proto).
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"baton/tests/nested/proto"
+)
+
+func main() {
+	err := run()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "l1:", err)
+	}
+	unix.Sync()
+	// With -no-reboot a restart ends QEMU at once; a power-off would take the way through ACPI.
+	unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)
+}
+
+func run() error {
+	s := setup{}
+	s.mount("proc", "/proc", "proc", 0, "")
+	s.mount("sysfs", "/sys", "sysfs", 0, "")
+	s.mount("devtmpfs", "/dev", "devtmpfs", 0, "")
+	s.loadModules()
+	port, err := openPort(proto.Port)
+	if err != nil {
+		return errors.Join(append(s.errs, err)...)
+	}
+	if err := s.enterRoot(); err != nil {
+		return errors.Join(append(s.errs, err)...)
+	}
+	s.linkUp("lo")
+
+	l := link{enc: json.NewEncoder(port)}
+	ready := proto.Ready{UptimeSeconds: uptime()}
+	for _, e := range s.errs {
+		ready.Notes = append(ready.Notes, e.Error())
+	}
+	if err := l.send(proto.Message{Ready: &ready}); err != nil {
+		return err
+	}
+	for dec := json.NewDecoder(bufio.NewReader(port)); ; {
+		var c proto.Command
+		if err := dec.Decode(&c); err == io.EOF {
+			return nil
+		} else if err != nil {
+			return fmt.Errorf("read command: %w", err)
+		}
+		e := execute(c, &l)
+		e.Running = sweep()
+		if err := l.send(proto.Message{Exit: &e}); err != nil {
+			return err
+		}
+	}
+}
+
+// A link serializes the messages of several writers.
+type link struct {
+	mu  sync.Mutex
+	enc *json.Encoder
+}
+
+func (l *link) send(m proto.Message) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.enc.Encode(m)
+}
+
+// openPort finds the virtio-serial port by its name; there is no udev to make a link of it.
+func openPort(name string) (*os.File, error) {
+	ports, err := filepath.Glob("/sys/class/virtio-ports/*/name")
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range ports {
+		b, err := os.ReadFile(p)
+		if err == nil && strings.TrimSpace(string(b)) == name {
+			return os.OpenFile("/dev/"+filepath.Base(filepath.Dir(p)), os.O_RDWR, 0)
+		}
+	}
+	return nil, fmt.Errorf("virtio-serial port %s: not found among %q", name, ports)
+}
+
+func uptime() (s float64) {
+	b, _ := os.ReadFile("/proc/uptime")
+	fmt.Sscan(string(b), &s)
+	return s
+}

@@ -1,0 +1,199 @@
+// Command nested runs programs and test suites in the nested host: a machine, emulated by
+// QEMU where KVM cannot carry it, with a real KVM, vhost-net, VFIO, an IOMMU and two
+// SR-IOV NICs, for machines that have none of these.
+//
+//	L0  this machine: compiles, starts QEMU, shows results
+//	└─ L1  the nested host: stock Debian kernel, L0's files under an overlay (nested/l1)
+//	   └─ L2  guests of baton, or of QEMU for comparison
+//
+// One process is one nested host: when it ends, by whatever cause, L1 ends with it.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"syscall"
+
+	"golang.org/x/term"
+
+	"baton/tests/nested/proto"
+)
+
+const usage = `usage: go run ./tests/nested COMMAND
+
+  shell                  a shell in the nested host
+  exec [--] CMD ARG...   one command in it, with its output and its exit code
+  run [flags] PKG...     compile test packages here, run them there
+  local [flags] PKG...   run test packages here, under the race detector, with the same report
+  install                install what this machine lacks (root), or name it
+
+Flags of run and local:
+`
+
+func init() {
+	// QEMU dies with the thread that started it (machine.boot), so that must be the main one.
+	runtime.LockOSThread()
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	code, err := command(ctx, os.Args[1:])
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "nested:", err)
+		code = max(code, 1)
+	}
+	os.Exit(code)
+}
+
+func command(ctx context.Context, args []string) (int, error) {
+	var o runOptions
+	fs := flag.NewFlagSet("nested", flag.ContinueOnError)
+	o.flags(fs)
+	fs.Usage = func() { fmt.Fprint(fs.Output(), usage); fs.PrintDefaults() }
+	if len(args) == 0 {
+		fs.Usage()
+		return 2, nil
+	}
+	name, args := args[0], args[1:]
+	switch err := fs.Parse(args); {
+	case errors.Is(err, flag.ErrHelp):
+		return 0, nil
+	case err != nil:
+		return 2, nil // flag has said it
+	}
+	e, err := newEnv()
+	if err != nil {
+		return 1, err
+	}
+	switch name {
+	case "shell":
+		return e.shell(ctx)
+	case "exec":
+		return e.exec(ctx, fs.Args())
+	case "run":
+		return e.runSuites(ctx, o, fs.Args())
+	case "local":
+		return e.runLocal(ctx, o, fs.Args())
+	case "install":
+		return 0, install(ctx)
+	}
+	fs.Usage()
+	return 2, fmt.Errorf("unknown command %q", name)
+}
+
+// An env is where things are on L0.
+type env struct {
+	repo  string // root of the main module
+	cache string // the one folder for what can be made again
+}
+
+func newEnv() (env, error) {
+	mod, err := exec.Command("go", "env", "GOMOD").Output()
+	repo := filepath.Dir(strings.TrimSpace(string(mod)))
+	if err != nil || repo == "." || repo == "/dev" {
+		return env{}, fmt.Errorf("no module: run this inside the repository")
+	}
+	e := env{repo, filepath.Join(repo, ".cache")}
+	return e, os.MkdirAll(e.cache, 0o755)
+}
+
+// start brings up a nested host, installing what it takes. The caller closes it and
+// removes its folder m.out.
+func (e env) start(ctx context.Context, tty bool) (*machine, error) {
+	if err := install(ctx); err != nil {
+		return nil, err
+	}
+	c := machineConfig{kernel: findKernel("/"), accel: chooseAccel(), tty: tty, memory: maxMemory}
+	program := filepath.Join(e.cache, "l1")
+	if err := e.build(ctx, "build", "-o", program, "./tests/nested/l1"); err != nil {
+		return nil, err
+	}
+	var err error
+	modules := slices.Concat([]string{kvmModule(c.accel)}, baseModules)
+	if c.initramfs, err = buildInitramfs(e.cache, c.kernel, modules, program); err != nil {
+		return nil, err
+	}
+	if c.out, err = os.MkdirTemp(e.cache, "run-"); err != nil {
+		return nil, err
+	}
+	m, err := boot(ctx, c)
+	if err != nil && ctx.Err() != nil {
+		os.RemoveAll(c.out)
+	}
+	return m, err
+}
+
+// build runs the go command for what L1 executes: static, since L1's C library is L0's but
+// an initramfs has none.
+func (e env) build(ctx context.Context, args ...string) error {
+	p := startProgress("compiling")
+	defer p.end()
+	cmd := exec.CommandContext(ctx, "go", args...)
+	cmd.Dir = e.repo
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("go %s: %w", args[0], err)
+	}
+	return nil
+}
+
+// environ is what programs in L1 see: our environment, with L1's own temporary folder.
+func environ(extra ...string) []string {
+	env := slices.DeleteFunc(os.Environ(), func(kv string) bool { return strings.HasPrefix(kv, "TMPDIR=") })
+	return slices.Concat(env, []string{"TMPDIR=/run/tmp", "BATON_TEST=nested"}, extra)
+}
+
+func (e env) shell(ctx context.Context) (int, error) {
+	fd := int(os.Stdin.Fd())
+	if !term.IsTerminal(fd) {
+		return 1, errors.New("shell: no terminal; use exec")
+	}
+	m, err := e.start(ctx, true)
+	if err != nil {
+		return 1, err
+	}
+	defer os.RemoveAll(m.out)
+	// QEMU sets the terminal to raw mode and has no chance to set it back when it is killed.
+	if state, err := term.GetState(fd); err == nil {
+		defer term.Restore(fd, state)
+	}
+	defer m.close()
+	cols, rows, _ := term.GetSize(fd)
+	say("nested host: the repository is here, as a copy: what you write stays in this shell\r")
+	x, err := m.run(ctx, proto.Command{
+		Argv: []string{"bash"}, Dir: e.repo, Env: environ(`PS1=nested:\w\$ `), TTY: true, Rows: uint16(rows), Cols: uint16(cols),
+	}, os.Stdout, os.Stderr)
+	return x.Code, err
+}
+
+func (e env) exec(ctx context.Context, argv []string) (int, error) {
+	if len(argv) == 0 {
+		return 2, errors.New("exec: no command")
+	}
+	dir, err := os.Getwd()
+	if err != nil {
+		return 1, err
+	}
+	m, err := e.start(ctx, false)
+	if err != nil {
+		return 1, err
+	}
+	defer os.RemoveAll(m.out)
+	defer m.close()
+	x, err := m.run(ctx, proto.Command{Argv: argv, Dir: dir, Env: environ()}, os.Stdout, os.Stderr)
+	if x.Error != "" {
+		say("nested host: %s: %s", argv[0], x.Error)
+	}
+	return x.Code, err
+}
