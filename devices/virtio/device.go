@@ -28,7 +28,8 @@ const (
 	FeatureEventIdx     = 1 << 29 // VIRTIO_F_EVENT_IDX
 	FeatureVersion1     = 1 << 32 // VIRTIO_F_VERSION_1
 
-	// CoreFeatures is what Queue can do. A transport offers it with what the device offers.
+	// CoreFeatures is what Queue can do. Every device offers it, unless its backend reads the
+	// rings itself and can do less; FeatureVersion1 is a must.
 	CoreFeatures = FeatureIndirectDesc | FeatureEventIdx | FeatureVersion1
 )
 
@@ -39,8 +40,7 @@ const (
 type Device interface {
 	// Type is the device type of section 5.
 	Type() uint32
-	// Features are the feature bits of the device that may be negotiated. The transport
-	// adds CoreFeatures, unless the device implements FeatureMasker.
+	// Features are the feature bits that the driver may choose from, CoreFeatures included.
 	Features() uint64
 	// QueueSizes is the greatest size of each queue, a power of two up to MaxQueueSize.
 	QueueSizes() []uint16
@@ -58,13 +58,6 @@ type Device interface {
 	Reset()
 	// Close resets the device and gives back what it holds of the host.
 	Close() error
-}
-
-// FeatureMasker is implemented by a device whose backend reads the rings itself and can do
-// less than Queue.
-type FeatureMasker interface {
-	// CoreFeatures is the subset of the package's CoreFeatures that may be offered.
-	CoreFeatures() uint64
 }
 
 // Activation is all that a device gets when the driver has set DRIVER_OK (3.1.1).
