@@ -1,0 +1,88 @@
+package char
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// listen opens a server's socket. A Unix socket is its owner's alone from the moment it
+// exists: bind takes the mode from the descriptor. One that a dead process left behind is
+// replaced, one that is alive is not.
+func listen(ctx context.Context, spec Spec) (net.Listener, error) {
+	var lc net.ListenConfig
+	if spec.Kind == Unix {
+		if err := removeStale(spec.Path); err != nil {
+			return nil, err
+		}
+		lc.Control = func(_, _ string, c syscall.RawConn) error {
+			var err error
+			return errors.Join(c.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }), err)
+		}
+	}
+	return lc.Listen(ctx, string(spec.Kind), spec.Path)
+}
+
+func removeStale(path string) error {
+	switch info, err := os.Lstat(path); {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return err
+	case info.Mode().Type() != fs.ModeSocket:
+		return fmt.Errorf("the path exists and is not a socket\nhint: remove it or choose another path")
+	}
+	conn, err := net.Dial("unix", path)
+	switch {
+	case err == nil:
+		conn.Close()
+		fallthrough
+	case errors.Is(err, unix.EAGAIN): // its backlog is full
+		return fmt.Errorf("another process listens there\nhint: choose another path, or end that process")
+	case errors.Is(err, unix.ECONNREFUSED):
+		return os.Remove(path)
+	}
+	return err
+}
+
+// acceptFirst waits for the first peer; the listener is closed if there is none.
+func acceptFirst(ctx context.Context, l net.Listener) (io.ReadWriteCloser, error) {
+	stop := context.AfterFunc(ctx, func() { l.Close() })
+	conn, err := l.Accept()
+	if !stop() && err == nil { // too late: the listener is closed
+		conn.Close()
+		err = ctx.Err()
+	}
+	if err != nil {
+		l.Close()
+		return nil, cmp.Or(ctx.Err(), err)
+	}
+	return conn, nil
+}
+
+// accept takes peers, one at a time; the others wait in the backlog.
+func (p *Port) accept() {
+	for {
+		p.wait(func() bool { return p.peer == nil })
+		conn, err := p.listen.Accept()
+		if err != nil {
+			return
+		}
+		p.mu.Lock()
+		if p.closed {
+			conn.Close()
+		} else {
+			p.peer = conn
+		}
+		p.change.Broadcast()
+		p.mu.Unlock()
+	}
+}
