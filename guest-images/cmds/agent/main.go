@@ -36,6 +36,8 @@ func main() {
 	fmt.Printf("BATON-READY uptime=%s\n", sec)
 	report(mountErr)
 	report(guest.LoadBoot())
+	_, err := setAddr("lo", "127.0.0.1/8")
+	report(err)
 	report(os.WriteFile("/proc/sys/kernel/sysrq", []byte("1"), 0))
 	os.Setenv("PATH", "/bin:/sbin:/usr/bin:/usr/sbin")
 	os.Setenv("HOME", "/")
