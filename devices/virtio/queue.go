@@ -226,6 +226,25 @@ func (q *Queue) walk(c *Chain, head uint16) error {
 // many bytes the device has written, from the beginning of In. The chain must not be used
 // after.
 func (q *Queue) Push(c *Chain, written uint32) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.put(c, written)
+	_ = q.mem.Store16(q.Used+2, q.usedIdx)
+}
+
+// PushAll is Push of several chains of which the driver sees all or none, as a frame in
+// several buffers needs (5.1.6.4).
+func (q *Queue) PushAll(chains []*Chain, written []uint32) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for i, c := range chains {
+		q.put(c, written[i])
+	}
+	_ = q.mem.Store16(q.Used+2, q.usedIdx)
+}
+
+// put fills the next element of the used ring, which the driver does not see yet.
+func (q *Queue) put(c *Chain, written uint32) {
 	left := uint64(written)
 	for _, s := range c.segments {
 		n := min(left, s.Size)
@@ -234,15 +253,26 @@ func (q *Queue) Push(c *Chain, written uint32) {
 			break
 		}
 	}
-	q.mu.Lock()
-	defer q.mu.Unlock()
 	off := usedHeader + usedElemSize*uint64(q.usedIdx&(q.Size-1))
 	binary.LittleEndian.PutUint32(q.used[off:], uint32(c.Head))
 	binary.LittleEndian.PutUint32(q.used[off+4:], written)
 	q.mem.MarkDirty(q.Used+off, usedElemSize)
 	q.usedIdx++
-	_ = q.mem.Store16(q.Used+2, q.usedIdx)
 	q.free = append(q.free, c)
+}
+
+// Position is the free-running index of the chain that Pop takes next: where a backend that
+// reads the rings itself has to begin.
+func (q *Queue) Position() uint16 { return q.next }
+
+// Seek makes Pop continue at next, and Push behind what the used ring holds: where such a
+// backend has stopped. Chains from next on that were popped and not pushed will be popped
+// again.
+func (q *Queue) Seek(next uint16) {
+	used, _ := q.mem.Load16(q.Used + 2)
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.next, q.usedIdx, q.notified = next, used, used
 }
 
 // Notify tells the driver about the chains pushed since the last Notify, unless it does
