@@ -1,0 +1,183 @@
+// Package vhost drives /dev/vhost-net, the kernel's own virtio-net device: a kernel thread
+// per Net moves frames between a queue pair in guest memory and a TAP, woken by the guest
+// and waking it through eventfds, with no VMM on the way.
+//
+//	guest ── kick eventfd (ioeventfd) ──> vhost worker ──> TAP queue
+//	guest <── call eventfd (irqfd) ────── vhost worker <── TAP queue
+//
+// While stopped, frames for the guest wait in the TAP's own queue and the guest's kicks in
+// their eventfd; a Start where Stop left off loses none.
+package vhost
+
+import (
+	"fmt"
+
+	"baton/kvm/guestmem"
+
+	"golang.org/x/sys/unix"
+)
+
+const device = "/dev/vhost-net"
+
+// Vring is one split virtqueue (VIRTIO 1.2, 2.7), set up by the guest.
+type Vring struct {
+	Size              uint16 // descriptors, a power of two up to 32768
+	Base              uint16 // the free-running index of the next available entry to serve
+	Desc, Avail, Used uint64 // guest-physical addresses of the three areas
+	Kick              int    // eventfd by which the guest announces buffers
+	Call              int    // eventfd by which the guest is interrupted
+}
+
+// Net serves one queue pair. Its methods may not be called at the same time.
+type Net struct {
+	fd       int
+	features uint64
+}
+
+// Open opens /dev/vhost-net, a new instance each time.
+func Open() (*Net, error) {
+	fd, err := unix.Open(device, unix.O_RDWR|unix.O_CLOEXEC, 0)
+	switch err {
+	case nil:
+		return NewNet(fd)
+	case unix.ENOENT, unix.ENODEV, unix.ENXIO:
+		err = fmt.Errorf("open %s: %w\nthe kernel's vhost-net is not there; try: modprobe vhost_net, or use vhost=off", device, err)
+	case unix.EACCES, unix.EPERM:
+		err = fmt.Errorf("open %s: %w\nrun as root or join its group (usually kvm), or use vhost=off", device, err)
+	default:
+		err = fmt.Errorf("open %s: %w", device, err)
+	}
+	return nil, err
+}
+
+// NewNet takes over an open descriptor of /dev/vhost-net that nobody has used before, also
+// when it fails. The process becomes its owner: the addresses given to it are this one's.
+func NewNet(fd int) (*Net, error) {
+	n := &Net{fd: fd}
+	err := ioctl[byte](fd, setOwner, nil)
+	if err != nil {
+		err = fmt.Errorf("own vhost-net fd %d: %w", fd, err)
+	} else if err = ioctl(fd, getFeatures, &n.features); err != nil {
+		err = fmt.Errorf("read features of vhost-net fd %d: %w", fd, err)
+	}
+	if err != nil {
+		_ = unix.Close(fd)
+		return nil, err
+	}
+	return n, nil
+}
+
+// Features are the virtio feature bits that the kernel implements. Those of offloads are
+// not among them, because the TAP does the work; only bits in this set may be given to
+// Start.
+func (n *Net) Features() uint64 { return n.features }
+
+// Start serves rings, receive and transmit queue, with the negotiated features from guest
+// memory mem and the TAP queue tap, whose frames have the virtio_net_hdr before them. It
+// fails, and serves nothing, for a ring that is not inside guest memory.
+func (n *Net) Start(mem *guestmem.Memory, features uint64, rings [2]Vring, tap int) error {
+	if err := ioctl(n.fd, setFeatures, &features); err != nil {
+		return fmt.Errorf("start vhost-net with features %#x: %w", features, err)
+	}
+	table, err := newMemTable(mem)
+	if err == nil {
+		err = ioctl(n.fd, setMemTable, table)
+	}
+	if err != nil {
+		return fmt.Errorf("start vhost-net: share guest memory: %w", err)
+	}
+	for i, r := range rings {
+		if err := n.setRing(mem, uint32(i), r); err != nil {
+			return fmt.Errorf("start vhost-net: ring %d: %w", i, err)
+		}
+	}
+	for i := range rings {
+		if err := ioctl(n.fd, netSetBackend, &vringFile{uint32(i), int32(tap)}); err != nil {
+			n.detach()
+			return fmt.Errorf("start vhost-net: attach ring %d to the TAP: %w", i, err)
+		}
+	}
+	return nil
+}
+
+func (n *Net) setRing(mem *guestmem.Memory, i uint32, r Vring) error {
+	addr, err := ringAddr(mem, i, r)
+	if err != nil {
+		return err
+	}
+	if err := ioctl(n.fd, setVringNum, &vringState{i, uint32(r.Size)}); err != nil {
+		return fmt.Errorf("size %d: %w", r.Size, err)
+	}
+	if err := ioctl(n.fd, setVringBase, &vringState{i, uint32(r.Base)}); err != nil {
+		return fmt.Errorf("base %d: %w", r.Base, err)
+	}
+	if err := ioctl(n.fd, setVringAddr, &addr); err != nil {
+		return fmt.Errorf("addresses %#x, %#x, %#x: %w", r.Desc, r.Avail, r.Used, err)
+	}
+	if err := ioctl(n.fd, setVringKick, &vringFile{i, int32(r.Kick)}); err != nil {
+		return fmt.Errorf("kick fd %d: %w", r.Kick, err)
+	}
+	if err := ioctl(n.fd, setVringCall, &vringFile{i, int32(r.Call)}); err != nil {
+		return fmt.Errorf("call fd %d: %w", r.Call, err)
+	}
+	return nil
+}
+
+// Stop ends the service and returns where each ring stands: the Base of a later Start.
+// When it returns, the kernel touches guest memory no more.
+func (n *Net) Stop() (base [2]uint16, err error) {
+	n.detach()
+	for i := range base {
+		s := vringState{index: uint32(i)}
+		if err := ioctl(n.fd, getVringBase, &s); err != nil {
+			return base, fmt.Errorf("stop vhost-net: read the position of ring %d: %w", i, err)
+		}
+		base[i] = uint16(s.num)
+	}
+	return base, nil
+}
+
+// detach takes the TAP away, which waits for the worker. It fails for a ring only that the
+// worker does not serve.
+func (n *Net) detach() {
+	for i := range uint32(2) {
+		_ = ioctl(n.fd, netSetBackend, &vringFile{i, -1})
+	}
+}
+
+// Close ends the service, if any, and the kernel thread.
+func (n *Net) Close() error { return unix.Close(n.fd) }
+
+// ringAddr translates a ring's addresses; sizes of the areas are those of VIRTIO 1.2, 2.7
+// with the event index, for which vhost asks even when it is not negotiated.
+func ringAddr(mem *guestmem.Memory, i uint32, r Vring) (addr vringAddr, err error) {
+	size := uint64(r.Size)
+	addr.index = i
+	if addr.desc, err = mem.HostAddr(r.Desc, 16*size); err != nil {
+		return addr, fmt.Errorf("descriptor table: %w", err)
+	}
+	if addr.avail, err = mem.HostAddr(r.Avail, 6+2*size); err != nil {
+		return addr, fmt.Errorf("available ring: %w", err)
+	}
+	if addr.used, err = mem.HostAddr(r.Used, 6+8*size); err != nil {
+		return addr, fmt.Errorf("used ring: %w", err)
+	}
+	return addr, nil
+}
+
+// newMemTable describes all of guest memory.
+func newMemTable(mem *guestmem.Memory) (*memTable, error) {
+	t := new(memTable)
+	for i, r := range mem.Regions() {
+		if i == maxRegions {
+			return nil, fmt.Errorf("%d regions of guest memory; vhost takes %d", len(mem.Regions()), maxRegions)
+		}
+		host, err := mem.HostAddr(r.GPA, r.Size)
+		if err != nil {
+			return nil, err
+		}
+		t.regions[i] = memRegion{gpa: r.GPA, size: r.Size, host: host}
+		t.n++
+	}
+	return t, nil
+}
