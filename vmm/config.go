@@ -173,7 +173,19 @@ func (d *Device) value(name string) any {
 	if v, ok := d.Props[name]; ok {
 		return v
 	}
-	return driverDefault(d.Driver, name)
+	if row := d.row(); row != nil {
+		if p := row.prop(name); p != nil {
+			return p.def
+		}
+	}
+	return nil
+}
+
+func (d *Device) set(name string, v any) {
+	if d.Props == nil {
+		d.Props = Values{}
+	}
+	d.Props[name] = v
 }
 
 // MarshalJSON writes the flat object.
@@ -191,7 +203,10 @@ func (d Device) MarshalJSON() ([]byte, error) {
 }
 
 // UnmarshalJSON reads the flat object and checks it against the driver table.
-func (d *Device) UnmarshalJSON(b []byte) (err error) {
-	*d, err = parseDevice(string(b))
+func (d *Device) UnmarshalJSON(b []byte) error {
+	s, vals, _, err := parseObject(string(b), "driver", driverSchemas())
+	if err == nil {
+		*d = newDevice(s.name, vals)
+	}
 	return err
 }

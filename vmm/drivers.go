@@ -1,5 +1,126 @@
 package vmm
 
-func driverDefault(driver, name string) any { return nil }
+import (
+	"fmt"
+)
 
-func parseDevice(s string) (Device, error) { return Device{}, nil }
+// driver is one row of the table of devices.
+type driver struct {
+	schema
+	on       busKind // what it is plugged into
+	provides busKind // the bus that it brings along, if any
+}
+
+type busKind string
+
+const (
+	busPCI    busKind = "PCIe"
+	busSerial busKind = "virtio-serial" // "ID.0" of a virtio-serial-pci
+)
+
+// drivers is the table of all that -device takes.
+var drivers = []driver{
+	{schema{"pcie-root-port", nil, "PCIe root port: one slot that a device can be plugged into", pci(
+		prop{name: "chassis", kind: kindUint, max: 255, help: "chassis number; with slot= unique; default: a free one"},
+		prop{name: "slot", kind: kindUint, max: 8191, def: uint64(0), help: "physical slot number"},
+		prop{name: "port", kind: kindUint, max: 255, def: uint64(0), help: "port number in the link capabilities"},
+	)}, busPCI, busPCI},
+	{schema{"virtio-net-pci", aliases("virtio-net"), "network card", virtio(
+		prop{name: "netdev", required: true, help: "id of the -netdev behind it"},
+		prop{name: "mac", kind: kindMAC, help: "its address; default: 52:54:00:12:34:56 and up"},
+		prop{name: "mq", kind: kindBool, def: false, help: "offer all queue pairs of the netdev"},
+		prop{name: "failover", kind: kindBool, def: false, help: "offer VIRTIO_NET_F_STANDBY: the slow half of a failover pair"},
+		prop{name: "host_mtu", kind: kindUint, max: 65535, def: uint64(0), help: "MTU told to the guest; 0: none"},
+		prop{name: "rx_queue_size", kind: kindPow2, min: 256, max: 1024, def: uint64(256), help: "descriptors"},
+		prop{name: "tx_queue_size", kind: kindPow2, min: 256, max: 1024, def: uint64(256), help: "descriptors"},
+		feature("csum", 0), feature("guest_csum", 1), feature("guest_tso4", 7), feature("guest_tso6", 8),
+		feature("guest_ecn", 9), feature("guest_ufo", 10), feature("host_tso4", 11), feature("host_tso6", 12),
+		feature("host_ecn", 13), feature("host_ufo", 14), feature("mrg_rxbuf", 15), feature("status", 16),
+		feature("ctrl_vq", 17), feature("ctrl_rx", 18), feature("ctrl_vlan", 19), feature("ctrl_mac_addr", 23),
+	)}, busPCI, ""},
+	{schema{"virtio-blk-pci", aliases("virtio-blk"), "disk", virtio(
+		prop{name: "drive", required: true, help: "id of the -drive or -blockdev behind it"},
+		prop{name: "serial", help: "serial number, up to 20 bytes"},
+		prop{name: "num-queues", kind: kindUint, min: 1, max: MaxQueues, def: uint64(1), help: "request queues"},
+		prop{name: "queue-size", kind: kindPow2, min: 2, max: 1024, def: uint64(256), help: "descriptors"},
+		prop{name: "logical_block_size", kind: kindPow2, min: 512, max: 4096, def: uint64(512), help: "bytes"},
+		prop{name: "bootindex", kind: kindUint, ignored: "the kernel is given by -kernel"},
+	)}, busPCI, ""},
+	{schema{"virtio-serial-pci", aliases("virtio-serial"), "carrier of consoles and ports", virtio(
+		prop{name: "max_ports", kind: kindUint, min: 1, max: 31, def: uint64(31), help: "ports that it has room for"},
+	)}, busPCI, busSerial},
+	{schema{"virtconsole", nil, "console (hvc0 and up) on a virtio-serial-pci", port}, busSerial, ""},
+	{schema{"virtserialport", nil, "byte channel (/dev/virtio-ports/NAME) on a virtio-serial-pci", port}, busSerial, ""},
+	{schema{"virtio-rng-pci", aliases("virtio-rng"), "entropy", virtio(
+		prop{name: "rng", help: "id of an -object rng-random or rng-builtin; both are the host's getrandom(2)"},
+	)}, busPCI, ""},
+}
+
+var port = []prop{
+	{name: "chardev", required: true, help: "id of the -chardev behind it"},
+	{name: "name", help: "name that the guest sees"},
+	{name: "nr", kind: kindUint, max: 30, help: "port number; default: the first free one, 0 for a console only"},
+	{name: "id", help: "name of the device"},
+	{name: "bus", help: "ID.0 of a virtio-serial-pci; default: the first one"},
+}
+
+func aliases(name string) []string { return []string{name, name + "-pci-non-transitional"} }
+
+func feature(name string, bit int) prop {
+	return prop{name: name, kind: kindBool, def: true, feature: 1 << bit, help: fmt.Sprintf("offer feature bit %d", bit)}
+}
+
+// only is a property of QEMU's that has one value here.
+func only(name, value, why string) prop {
+	return prop{name: name, kind: kindEnum, enum: []string{value}, help: why}
+}
+
+func pci(own ...prop) []prop {
+	return append(own,
+		prop{name: "id", help: "name of the device"},
+		prop{name: "bus", def: RootBus, help: "what it is plugged into: " + RootBus + " or the id of a pcie-root-port"},
+		prop{name: "addr", kind: kindAddr, help: "place on the bus; default: the first free slot"},
+		prop{name: "multifunction", kind: kindBool, def: false, help: "functions 1 to 7 of this slot may be used too"})
+}
+
+func virtio(own ...prop) []prop {
+	return pci(append(own,
+		prop{name: "vectors", kind: kindUint, max: 64, help: "MSI-X vectors; default: one for each queue and one for changes"},
+		prop{name: "romfile", ignored: "there is no option ROM"},
+		prop{name: "rombar", kind: kindUint, ignored: "there is no option ROM"},
+		prop{name: "disable-legacy", kind: kindEnum, enum: []string{"on", "auto"}, help: "virtio 1.x only"},
+		only("disable-modern", "off", "virtio 1.x only"),
+		only("packed", "off", "split virtqueues only"),
+		only("iommu_platform", "off", "the guest has no IOMMU"))...)
+}
+
+// driverSchemas are the kinds of -device.
+func driverSchemas() []schema {
+	kinds := make([]schema, len(drivers))
+	for i, d := range drivers {
+		kinds[i] = d.schema
+	}
+	return kinds
+}
+
+// row is the device's row of the table; nil for a driver that is not in it.
+func (d *Device) row() *driver {
+	return find(drivers, func(r *driver) bool { return r.name == d.Driver })
+}
+
+// FeaturesOff returns the mask of the virtio features that properties took away.
+func (d *Device) FeaturesOff() (mask uint64) {
+	if row := d.row(); row != nil {
+		for _, p := range row.props {
+			if p.feature != 0 && !d.Bool(p.name) {
+				mask |= p.feature
+			}
+		}
+	}
+	return mask
+}
+
+// newDevice makes a device of checked values.
+func newDevice(driver string, v Values) Device {
+	return Device{Driver: driver, ID: v.take("id"), Bus: v.take("bus"), Addr: v.take("addr"), Props: v}
+}

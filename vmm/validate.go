@@ -1,0 +1,336 @@
+package vmm
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+
+	"baton/devices/char"
+
+	"golang.org/x/sys/unix"
+)
+
+// Complete fills in what was left to baton: the serial port on stdio, buses, chassis
+// numbers and MACs. What it completed once, it leaves alone.
+func (c *Config) Complete() {
+	onStdio := func(b Chardev) bool { return b.Spec == string(char.Stdio) }
+	if len(c.Serials) == 0 && !c.NoDefaults && !slices.ContainsFunc(c.Chardevs, onStdio) {
+		c.Serials = []string{string(char.Stdio)}
+	}
+	used := map[any]bool{} // MACs, chassis numbers, ids
+	for _, d := range c.Devices {
+		used[d.Props["mac"]], used[d.Props["chassis"]], used[d.ID] = true, true, true
+	}
+	var serialBus string
+	for i := range c.Devices {
+		d := &c.Devices[i]
+		switch d.Driver {
+		case "pcie-root-port":
+			for n := uint64(1); !d.Given("chassis") && n < 256; n++ {
+				if !used[n] {
+					d.set("chassis", n)
+					used[n] = true
+				}
+			}
+		case "virtio-net-pci":
+			for n := 0x56; !d.Given("mac") && n < 0x100; n++ {
+				if mac := fmt.Sprintf("52:54:00:12:34:%02x", n); !used[mac] {
+					d.set("mac", mac)
+					used[mac] = true
+				}
+			}
+		case "virtio-serial-pci":
+			for n := 0; d.ID == ""; n++ {
+				if id := fmt.Sprintf("virtio-serial%d", n); !used[id] {
+					d.ID, used[id] = id, true
+				}
+			}
+			if serialBus == "" {
+				serialBus = d.ID + ".0"
+			}
+		}
+	}
+	for i := range c.Devices {
+		if d := &c.Devices[i]; d.Bus == "" {
+			if d.Bus = RootBus; d.row() != nil && d.row().on == busSerial {
+				d.Bus = serialBus
+			}
+		}
+	}
+}
+
+// problems collects errors, each about a named object.
+type problems []error
+
+func (p *problems) add(object, format string, args ...any) {
+	*p = append(*p, inObject(object, fmt.Errorf(format, args...)))
+}
+
+var wellFormedID = regexp.MustCompile(`^[A-Za-z][A-Za-z0-9._-]*$`)
+
+// ids checks the names of one kind of object.
+func (p *problems) ids(kind string, ids []string) {
+	seen := map[string]bool{}
+	for _, id := range ids {
+		if !wellFormedID.MatchString(id) {
+			p.add(kind, "id %q: want a letter, then letters, digits, '-', '.' and '_'", id)
+		} else if seen[id] {
+			p.add(kind+" "+id, "there are two of this id")
+		}
+		seen[id] = true
+	}
+}
+
+func list[T any](from []T, name func(*T) string) (names []string) {
+	for i := range from {
+		if n := name(&from[i]); n != "" {
+			names = append(names, n)
+		}
+	}
+	return names
+}
+
+// Validate checks a completed configuration as far as it can be without looking at the
+// host. The error joins all that is wrong, see Errors.
+func (c *Config) Validate() error {
+	var p problems
+	if c.Machine.Type != "q35" {
+		p.add("machine", "%w", unknown("type", c.Machine.Type, []string{"q35"}))
+	}
+	if c.CPU.Model != "host" {
+		p.add("cpu", "%w", unknown("model", c.CPU.Model, []string{"host"}))
+	}
+	if c.SMP < 1 || c.SMP > MaxCPUs {
+		p.add("smp", "%d vCPUs: want 1 to %d", c.SMP, MaxCPUs)
+	}
+	c.validateMemory(&p)
+	if c.Kernel == "" {
+		p.add("kernel", "there is none\nsay -kernel FILE: baton has no firmware that could read a disk")
+	}
+	c.validateBackends(&p)
+	p.ids("device", list(c.Devices, func(d *Device) string { return d.ID }))
+	c.validateBuses(&p)
+	c.validateUses(&p)
+	return errors.Join(p...)
+}
+
+func (c *Config) validateMemory(p *problems) {
+	m, page := c.Memory, max(c.Memory.HugePages, 4096)
+	if m.Size < MinMemory || m.Size > MaxMemory {
+		p.add("memory", "%d bytes: want 64M to 64G", m.Size)
+	}
+	if m.HugePages != 0 && m.HugePages != 2<<20 && m.HugePages != 1<<30 {
+		p.add("memory", "huge pages of %d bytes: want 2M or 1G", m.HugePages)
+	} else if m.Size%page != 0 {
+		p.add("memory", "%d bytes: not a multiple of its pages, %d bytes", m.Size, page)
+	}
+}
+
+func (c *Config) validateBackends(p *problems) {
+	p.ids("netdev", list(c.Netdevs, func(n *Netdev) string { return n.ID }))
+	for _, n := range c.Netdevs {
+		name := "netdev " + n.ID
+		if n.Type != "tap" {
+			p.add(name, "%w", unknown("type", n.Type, []string{"tap"}))
+		}
+		if n.Queues < 1 || n.Queues > MaxQueues {
+			p.add(name, "queues=%d: want 1 to %d", n.Queues, MaxQueues)
+		}
+		if len(n.IfName) >= unix.IFNAMSIZ || strings.ContainsAny(n.IfName, "/: \t\n") {
+			p.add(name, "ifname=%s: want up to %d characters, none of them '/', ':' or a space", n.IfName, unix.IFNAMSIZ-1)
+		}
+		if n.FDs != nil && (len(n.FDs) != n.Queues || n.IfName+n.Script+n.DownScript != "") {
+			p.add(name, "fds: one descriptor for each of %d queues; ifname, script and downscript are up to who opened them", n.Queues)
+		}
+	}
+	p.ids("drive", list(c.Blockdevs, func(b *Blockdev) string { return b.ID }))
+	p.ids("chardev", list(c.Chardevs, func(b *Chardev) string { return b.ID }))
+	specs := slices.Clone(c.Serials)
+	for _, b := range c.Chardevs {
+		specs = append(specs, b.Spec)
+	}
+	if len(c.Serials) > 1 {
+		p.add("serial", "there are %d, but one port, COM1\nuse virtconsole on a virtio-serial-pci", len(c.Serials))
+	}
+	var stdio int
+	for _, s := range specs {
+		if strings.HasPrefix(s, "chardev:") {
+			continue // see validateUses
+		}
+		spec, err := char.Parse(s)
+		if err != nil {
+			*p = append(*p, err)
+		}
+		if spec.Kind == char.Stdio {
+			stdio++
+		}
+	}
+	if stdio > 1 {
+		p.add("stdio", "%d ports want it, but there is one terminal", stdio)
+	}
+}
+
+// validateBuses checks where each device is plugged in.
+func (c *Config) validateBuses(p *problems) {
+	buses := map[string]busKind{RootBus: busPCI}
+	for _, d := range c.Devices {
+		if row := d.row(); row != nil && d.ID != "" && row.provides == busPCI {
+			buses[d.ID] = busPCI
+		} else if row != nil && d.ID != "" && row.provides == busSerial {
+			buses[d.ID+".0"] = busSerial
+		}
+	}
+	at := map[string]*Device{RootBus + " 00.0": {Driver: "the host bridge"}}
+	chassis := map[[2]uint64]*Device{}
+	for i := range c.Devices {
+		d := &c.Devices[i]
+		row := d.row()
+		if row == nil {
+			p.add("device", "%w", unknown("driver", d.Driver, list(drivers, func(r *driver) string { return r.name })))
+			continue
+		}
+		var fitting []string
+		for id, kind := range buses {
+			if kind == row.on {
+				fitting = append(fitting, id)
+			}
+		}
+		switch kind, ok := buses[d.Bus]; {
+		case d.Bus == "":
+			p.add(d.String(), "there is no bus for it\nadd -device virtio-serial-pci")
+		case !ok:
+			p.add(d.String(), "%w", unknown("bus", d.Bus, fitting))
+		case kind != row.on:
+			p.add(d.String(), "bus=%s: that is a %s bus, and this is a %s device%s", d.Bus, kind, row.on, suggest("", fitting))
+		}
+		if row.on != busPCI {
+			continue
+		}
+		addr := d.Addr
+		if d.Bus != RootBus {
+			if addr == "" {
+				addr = "00.0"
+			}
+			if !strings.HasPrefix(addr, "00.") {
+				p.add(d.String(), "addr=%s: bus %s is the one slot of a root port, slot 0", addr, d.Bus)
+			}
+		}
+		place := d.Bus + " " + addr
+		if other := at[place]; addr != "" && other != nil {
+			p.add(d.String(), "bus=%s,addr=%s: %s is there\nleave addr= away for the first free slot of %s, or add a pcie-root-port", d.Bus, addr, other, RootBus)
+		} else if addr != "" {
+			at[place] = d
+		}
+		if d.Driver == "pcie-root-port" {
+			key := [2]uint64{d.Uint("chassis"), d.Uint("slot")}
+			if other := chassis[key]; other != nil {
+				p.add(d.String(), "chassis=%d,slot=%d: %s has them\ngive each port its own chassis", key[0], key[1], other)
+			}
+			chassis[key] = d
+		}
+	}
+	for place, d := range at { // PCI Local Bus 3.0, 3.2.2.3.4: function 0 says that there are others
+		if fn0 := at[place[:len(place)-1]+"0"]; place[len(place)-1] != '0' && (fn0 == nil || !fn0.Bool("multifunction")) {
+			p.add(d.String(), "addr=%s: function 0 of that slot needs a device with multifunction=on", d.Addr)
+		}
+	}
+}
+
+// validateUses checks which device uses what of the host: each thing once.
+func (c *Config) validateUses(p *problems) {
+	kinds := map[string][]string{
+		"netdev":  list(c.Netdevs, func(n *Netdev) string { return n.ID }),
+		"drive":   list(c.Blockdevs, func(b *Blockdev) string { return b.ID }),
+		"chardev": list(c.Chardevs, func(b *Chardev) string { return b.ID }),
+	}
+	user := map[string]string{}
+	use := func(who, key, id string) {
+		if !slices.Contains(kinds[key], id) {
+			p.add(who, "%w", unknown(key, id, kinds[key]))
+		} else if other := user[key+id]; other != "" {
+			p.add(who, "%s=%s: %s uses it already", key, id, other)
+		}
+		user[key+id] = who
+	}
+	for _, s := range c.Serials {
+		if id, ok := strings.CutPrefix(s, "chardev:"); ok {
+			use("serial", "chardev", id)
+		}
+	}
+	ports := map[string]*Device{}
+	for i := range c.Devices {
+		d := &c.Devices[i]
+		for key := range kinds {
+			if d.Given(key) {
+				use(d.String(), key, d.Text(key))
+			}
+		}
+		if n := len(d.Text("serial")); n > 20 { // virtio 1.2, 5.2.6.1
+			p.add(d.String(), "serial: %d bytes, but there is room for 20", n)
+		}
+		if n := c.Netdev(d.Text("netdev")); n != nil && n.Queues > 1 && !d.Bool("mq") {
+			p.add(d.String(), "netdev %s has %d queues, but mq=off\nsay mq=on, or queues=1 for the netdev", n.ID, n.Queues)
+		}
+		if !d.Given("nr") {
+			continue
+		}
+		if key := fmt.Sprint(d.Bus, " ", d.Uint("nr")); ports[key] != nil {
+			p.add(d.String(), "nr=%d: %s has that port of %s", d.Uint("nr"), ports[key], d.Bus)
+		} else {
+			ports[key] = d
+		}
+		if d.Driver == "virtserialport" && d.Uint("nr") == 0 {
+			p.add(d.String(), "nr=0: port 0 is for a virtconsole")
+		}
+	}
+}
+
+// CheckFiles looks at the files that the configuration names, so that all that is wrong
+// with them is known before anything is made.
+func (c *Config) CheckFiles() error {
+	var p problems
+	for what, file := range map[string]string{"kernel": c.Kernel, "initrd": c.Initrd} {
+		if _, err := head(file); file != "" && err != nil {
+			p.add(what, "%w", err)
+		}
+	}
+	for _, b := range c.Blockdevs {
+		magic, err := head(b.File)
+		switch {
+		case err != nil:
+			p.add("drive "+b.ID, "%w", err)
+		case bytes.HasPrefix(magic, []byte("QFI\xfb")):
+			p.add("drive "+b.ID, "%s is a qcow2 image, and baton reads raw ones\nqemu-img convert -O raw %[1]s NEW", b.File)
+		case !b.ReadOnly && unix.Access(b.File, unix.W_OK) != nil:
+			p.add("drive "+b.ID, "%s cannot be written\ngive it readonly=on (read-only=on for -blockdev)", b.File)
+		}
+	}
+	for _, n := range c.Netdevs {
+		for key, file := range map[string]string{"script": n.Script, "downscript": n.DownScript} {
+			if err := unix.Access(file, unix.X_OK); file != "" && err != nil {
+				p.add("netdev "+n.ID, "%s=%s: %w\nit has to be a program; %[1]s=no is none", key, file, err)
+			}
+		}
+	}
+	return errors.Join(p...)
+}
+
+// head reads the first bytes of a file or device.
+func head(name string) ([]byte, error) {
+	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0) // a fifo would wait for its writer
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	buf := make([]byte, 4)
+	n, err := f.Read(buf)
+	if err == io.EOF {
+		err = nil // whoever reads it all will say that it is too short
+	}
+	return buf[:n], err
+}
