@@ -1,0 +1,102 @@
+package acpi
+
+import "slices"
+
+// pci is the root bridge: PCI Firmware Specification 3.3, 4.
+func (c *Config) pci() []byte {
+	windows := [][]byte{
+		window(windowBuses, 16, Range{0, uint64(c.lastBus()) + 1}),
+		window(windowPorts, 16, Range{0xd00, 0xf300}),
+		window(windowMemory, 32, c.MMIO32),
+	}
+	if c.MMIO64.Size != 0 {
+		windows = append(windows, window(windowMemory, 64, c.MMIO64))
+	}
+	return device("PCI0",
+		name("_HID", eisaID("PNP0A08")),
+		name("_CID", eisaID("PNP0A03")),
+		name("_UID", integer(0)),
+		name("_SEG", integer(0)),
+		name("_BBN", integer(0)),
+		name("_CRS", resources(windows...)),
+		c.osc())
+}
+
+// The control field and status bits of a root bridge's _OSC: PCI Firmware Specification
+// 3.3, tables 4-5 and 4-6; ACPI 6.5, 6.2.11.
+const (
+	oscNativeHotplug = 1 << 0
+	oscPME           = 1 << 2
+	oscAER           = 1 << 3
+	oscCapability    = 1 << 4
+
+	oscUnknownUUID     = 1 << 2
+	oscUnknownRevision = 1 << 3
+	oscMasked          = 1 << 4
+)
+
+// oscUUID is 33DB4D5B-1FF7-401C-9657-7441C03DD766 as ToUUID lays it out.
+var oscUUID = []byte{
+	0x5b, 0x4d, 0xdb, 0x33, 0xf7, 0x1f, 0x1c, 0x40, 0x96, 0x57, 0x74, 0x41, 0xc0, 0x3d, 0xd7, 0x66,
+}
+
+// osc grants the OS what it asks for of the capability structure, PME and AER, and of
+// native hotplug if that is configured. SHPC slots do not exist.
+func (c *Config) osc() []byte {
+	grant := uint64(oscPME | oscAER | oscCapability)
+	if c.NativeHotplug {
+		grant |= oscNativeHotplug
+	}
+	status, control := path("CDW1"), path("CDW3")
+	return method("_OSC", 4,
+		createDWordField(arg3, 0, "CDW1"),
+		when(equal(arg0, buffer(oscUUID)),
+			createDWordField(arg3, 8, "CDW3"),
+			store(and(control, integer(grant)), local0),
+			when(notEqual(arg1, integer(1)), orInto(status, oscUnknownRevision)),
+			when(notEqual(control, local0), orInto(status, oscMasked)),
+			store(local0, control)),
+		otherwise(orInto(status, oscUnknownUUID)),
+		giveBack(arg3))
+}
+
+// motherboard reserves what belongs to no other device. Linux uses the ECAM only if it
+// is reserved here.
+func (c *Config) motherboard() []byte {
+	p := &c.Power
+	return device("MBRD",
+		name("_HID", eisaID("PNP0C02")),
+		name("_UID", integer(0)),
+		name("_CRS", resources(
+			memory32(c.ECAM),
+			ports(p.SleepControl, 1), ports(p.SleepStatus, 1), ports(p.Reset, 1))))
+}
+
+// events is the generic event device (ACPI 6.5, 5.6.9): one read of the register takes all
+// events that wait.
+func (c *Config) events() []byte {
+	const pressed = 0x80
+	return device("GED",
+		name("_HID", text("ACPI0013")),
+		name("_UID", integer(0)),
+		name("_CRS", resources(interrupt(c.Power.EventGSI))),
+		portRegister("EVRG", "EVST", c.Power.Event),
+		method("_EVT", 1,
+			store(path("EVST"), local0),
+			when(and(local0, integer(uint64(c.Power.PowerButton))), notify(`\_SB.PWRB`, pressed))))
+}
+
+func powerButton() []byte { return device("PWRB", name("_HID", eisaID("PNP0C0C"))) }
+
+func rtc() []byte {
+	return device("RTC",
+		name("_HID", eisaID("PNP0B00")),
+		name("_CRS", resources(ports(0x70, 2))))
+}
+
+func com1() []byte {
+	return device("COM1",
+		name("_HID", eisaID("PNP0501")),
+		name("_UID", integer(0)),
+		name("_CRS", resources(slices.Concat(ports(0x3f8, 8), isaIRQ(4)))))
+}
