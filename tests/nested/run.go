@@ -1,6 +1,281 @@
 package main
-import ("context";"flag")
-type runOptions struct{}
-func (o *runOptions) flags(fs *flag.FlagSet) {}
-func (e env) runSuites(ctx context.Context, o runOptions, pkgs []string) (int, error) { return 0, nil }
-func (e env) runLocal(ctx context.Context, o runOptions, pkgs []string) (int, error) { return 0, nil }
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"time"
+
+	"baton/tests/nested/proto"
+)
+
+// runOptions are the flags of run and local.
+type runOptions struct {
+	suite, run, out, json, summary string
+	limit                          time.Duration
+}
+
+func (o *runOptions) flags(fs *flag.FlagSet) {
+	fs.StringVar(&o.suite, "suite", "", "only packages whose path matches `REGEX`")
+	fs.StringVar(&o.run, "run", "", "only tests whose name matches `REGEX`, as go test's flag")
+	fs.DurationVar(&o.limit, "limit", 10*time.Minute, "time `LIMIT` for one package")
+	fs.StringVar(&o.out, "out", "", "keep logs in `DIR`, also when all is well (run only)")
+	fs.StringVar(&o.json, "json", "-", "write the events of go test -json to `FILE`; - is stdout")
+	fs.StringVar(&o.summary, "summary", "", "write the result in half a line to `FILE`")
+}
+
+// A suite is one package of tests.
+type suite struct{ pkg, dir string }
+
+func (s suite) name() string { return path.Base(s.pkg) }
+
+// suites lists the packages, among those that the patterns name, that have tests.
+func (e env) suites(ctx context.Context, o runOptions, patterns []string) ([]suite, error) {
+	only, err := regexp.Compile(o.suite)
+	if err != nil {
+		return nil, fmt.Errorf("-suite: %w", err)
+	}
+	args := append([]string{"list", "-f", "{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}}\t{{.Dir}}{{end}}"}, patterns...)
+	list, err := exec.CommandContext(ctx, "go", args...).Output()
+	var ee *exec.ExitError
+	if errors.As(err, &ee) {
+		return nil, fmt.Errorf("go list: %s", strings.TrimSpace(string(ee.Stderr)))
+	} else if err != nil {
+		return nil, err
+	}
+	var all []suite
+	for line := range strings.Lines(string(list)) {
+		pkg, dir, _ := strings.Cut(strings.TrimSpace(line), "\t")
+		if pkg != "" && only.MatchString(pkg) {
+			all = append(all, suite{pkg, dir})
+		}
+	}
+	if len(all) == 0 {
+		return nil, fmt.Errorf("no package with tests among %q", patterns)
+	}
+	return all, nil
+}
+
+// runSuites runs the packages in a nested host, or here if BATON_TEST says that this
+// machine's KVM and NICs can do it.
+func (e env) runSuites(ctx context.Context, o runOptions, patterns []string) (int, error) {
+	suites, err := e.suites(ctx, o, patterns)
+	if err != nil {
+		return 1, err
+	}
+	baton, err := e.baton(ctx)
+	if err != nil {
+		return 1, err
+	}
+	if os.Getenv("BATON_TEST") == "host" {
+		return e.goTest(ctx, o, "on this host", []string{"BATON_BIN=" + baton}, append([]string{"-count=1", "-p=1"}, paths(suites)...))
+	}
+	bin := filepath.Join(e.cache, "suites")
+	if err := os.RemoveAll(bin); err != nil {
+		return 1, err
+	}
+	if err := e.build(ctx, append([]string{"test", "-c", "-o", bin + "/"}, paths(suites)...)...); err != nil {
+		return 1, err
+	}
+	events, err := o.open()
+	if err != nil {
+		return 1, err
+	}
+	defer events.Close()
+	m, err := e.start(ctx, false)
+	if err != nil {
+		return 1, err
+	}
+	defer m.close()
+
+	r := newReport(true)
+	stop := make(chan struct{})
+	defer close(stop)
+	go r.watch(stop)
+	var problems []error
+	for _, s := range suites {
+		say("suite %s", short(s.pkg))
+		if err := e.runSuite(ctx, m, s, o, baton, bin, r, events); err != nil {
+			problems = append(problems, fmt.Errorf("suite %s: %w", short(s.pkg), err))
+			if ctx.Err() != nil || errors.Is(err, errGone) {
+				break
+			}
+		}
+	}
+	return e.conclude(ctx, m, o, r, problems)
+}
+
+// conclude keeps or removes what a run left and says the result.
+func (e env) conclude(ctx context.Context, m *machine, o runOptions, r *report, problems []error) (int, error) {
+	err := errors.Join(problems...)
+	if ctx.Err() != nil {
+		os.RemoveAll(m.out)
+		return 130, errors.New("interrupted")
+	}
+	kept := m.out
+	if o.out != "" {
+		if merr := os.MkdirAll(filepath.Dir(o.out), 0o755); merr != nil {
+			return 1, errors.Join(err, merr)
+		}
+		os.RemoveAll(o.out)
+		if merr := os.Rename(m.out, o.out); merr != nil {
+			return 1, errors.Join(err, merr)
+		}
+		kept = o.out
+	}
+	if r.ok() && err == nil {
+		if o.out == "" {
+			os.RemoveAll(m.out)
+		}
+		return 0, o.conclude(r, "in the nested host")
+	}
+	say("logs and serial output: %s", kept)
+	return 1, errors.Join(err, o.conclude(r, "in the nested host"))
+}
+
+// conclude says the result, in a file too if one is asked for.
+func (o runOptions) conclude(r *report, where string) error {
+	line := fmt.Sprintf("%s %s", r, where)
+	say("%s", line)
+	if o.summary == "" {
+		return nil
+	}
+	return os.WriteFile(o.summary, []byte(line+"\n"), 0o644)
+}
+
+// open opens the file that the events go to.
+func (o runOptions) open() (*os.File, error) {
+	if o.json == "-" {
+		return os.Stdout, nil
+	}
+	return os.Create(o.json)
+}
+
+// baton returns the binary under test, built here unless BATON_BIN names one.
+func (e env) baton(ctx context.Context) (string, error) {
+	if bin := os.Getenv("BATON_BIN"); bin != "" {
+		return filepath.Abs(bin)
+	}
+	bin := filepath.Join(e.cache, "baton")
+	return bin, e.build(ctx, "build", "-o", bin, ".")
+}
+
+func paths(suites []suite) (p []string) {
+	for _, s := range suites {
+		p = append(p, s.pkg)
+	}
+	return p
+}
+
+// runSuite runs one package's test binary in L1, in its own folder as go test does, and
+// turns what it prints into events here, where test2json costs nothing.
+func (e env) runSuite(ctx context.Context, m *machine, s suite, o runOptions, baton, bin string, r *report, events io.Writer) error {
+	artifacts := filepath.Join(m.out, s.name())
+	if err := os.MkdirAll(artifacts, 0o755); err != nil {
+		return err
+	}
+	convert := exec.Command("go", "tool", "test2json", "-t", "-p", s.pkg)
+	convert.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // an interrupt is ours to handle
+	in, err := convert.StdinPipe()
+	if err != nil {
+		return err
+	}
+	out, err := convert.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	convert.Stderr = os.Stderr
+	if err := convert.Start(); err != nil {
+		return err
+	}
+	read := make(chan error, 1)
+	go func() { read <- r.read(out, events) }()
+
+	argv := []string{
+		filepath.Join(bin, s.name()+".test"), "-test.v=test2json", "-test.paniconexit0", "-test.timeout=" + o.limit.String(),
+	}
+	if o.run != "" {
+		argv = append(argv, "-test.run="+o.run)
+	}
+	// The test binary knows the limit and says which test hangs; L1, and after that we, step
+	// in if it cannot.
+	ctx, cancel := context.WithTimeoutCause(ctx, o.limit+time.Minute, fmt.Errorf("no end in %v", o.limit+time.Minute))
+	defer cancel()
+	x, err := m.run(ctx, proto.Command{
+		Argv: argv, Dir: s.dir, LimitSeconds: (o.limit + 20*time.Second).Seconds(),
+		Env: environ("BATON_BIN="+baton, "BATON_ARTIFACTS="+path.Join(proto.OutDir, s.name()), "BATON_REPO="+e.repo),
+	}, in, in)
+	in.Close()
+	rerr := <-read
+	return errors.Join(err, rerr, convert.Wait(), exitProblem(x))
+}
+
+// exitProblem is what is wrong with how a test binary ended that its events do not say.
+func exitProblem(x proto.Exit) error {
+	switch {
+	case x.Killed:
+		return errors.New("killed at its limit")
+	case x.Error != "":
+		return errors.New(x.Error)
+	case x.Code > 1: // 1: a test failed, and was reported
+		return fmt.Errorf("exit code %d", x.Code)
+	case len(x.Running) > 0:
+		return fmt.Errorf("left running: %s", strings.Join(x.Running, ", "))
+	}
+	return nil
+}
+
+// runLocal runs packages here, under the race detector.
+func (e env) runLocal(ctx context.Context, o runOptions, patterns []string) (int, error) {
+	suites, err := e.suites(ctx, o, patterns)
+	if err != nil {
+		return 1, err
+	}
+	return e.goTest(ctx, o, "here under the race detector", []string{"CGO_ENABLED=1"}, append([]string{"-race"}, paths(suites)...))
+}
+
+func (e env) goTest(ctx context.Context, o runOptions, where string, environ, args []string) (int, error) {
+	events, err := o.open()
+	if err != nil {
+		return 1, err
+	}
+	defer events.Close()
+	args = append([]string{"test", "-json", "-timeout=" + o.limit.String(), "-run=" + o.run}, args...)
+	cmd := exec.CommandContext(ctx, "go", args...)
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	cmd.WaitDelay = 10 * time.Second
+	cmd.Env = append(os.Environ(), environ...)
+	cmd.Stderr = os.Stderr
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return 1, err
+	}
+	if err := cmd.Start(); err != nil {
+		return 1, err
+	}
+	r := newReport(false)
+	stop := make(chan struct{})
+	defer close(stop)
+	go r.watch(stop)
+	err = r.read(out, events)
+	if werr := cmd.Wait(); werr != nil && r.ok() {
+		err = errors.Join(err, fmt.Errorf("go test: %w", werr))
+	}
+	if ctx.Err() != nil {
+		return 130, errors.New("interrupted")
+	}
+	err = errors.Join(err, o.conclude(r, where))
+	if err != nil || !r.ok() {
+		return 1, err
+	}
+	return 0, nil
+}
