@@ -4,6 +4,8 @@ import (
 	"encoding/binary"
 	"slices"
 	"strings"
+
+	"baton/kvm/guestmem"
 )
 
 // An AML writer: each function returns the bytes of one term, as ACPI 6.5, chapter 20
@@ -30,6 +32,7 @@ const (
 
 var (
 	local0           = []byte{opLocal0}
+	nothing          = []byte{opZero} // a target that is left out
 	arg0, arg1, arg3 = []byte{opArg0}, []byte{opArg0 + 1}, []byte{opArg0 + 3}
 )
 
@@ -141,7 +144,7 @@ func createDWordField(source []byte, offset uint64, field string) []byte {
 }
 
 func store(value, target []byte) []byte     { return op(opStore, value, target) }
-func and(a, b []byte) []byte                { return op(opAnd, a, b, []byte{opZero}) }
+func and(a, b, target []byte) []byte        { return op(opAnd, a, b, target) }
 func orInto(target []byte, v uint64) []byte { return op(opOr, target, integer(v), target) }
 func equal(a, b []byte) []byte              { return op(opLEqual, a, b) }
 func notEqual(a, b []byte) []byte           { return op(opLNot, equal(a, b)) }
@@ -178,7 +181,7 @@ func interrupt(gsi uint32) []byte {
 }
 
 // memory32 is a fixed range of memory below 4 GiB.
-func memory32(r Range) []byte {
+func memory32(r guestmem.Range) []byte {
 	const readWrite = 1
 	le := binary.LittleEndian
 	return le.AppendUint32(le.AppendUint32([]byte{0x86, 9, 0, readWrite}, uint32(r.Base)), uint32(r.Size))
@@ -193,7 +196,7 @@ var (
 
 // window is a range that a bridge produces, in an address space descriptor of 16, 32 or 64
 // bits.
-func window(kind [2]byte, bits int, r Range) []byte {
+func window(kind [2]byte, bits int, r guestmem.Range) []byte {
 	const minFixedMaxFixed = 1<<2 | 1<<3
 	tag := map[int]byte{16: 0x88, 32: 0x87, 64: 0x8a}[bits]
 	out := []byte{tag, byte(3 + 5*bits/8), 0, kind[0], minFixedMaxFixed, kind[1]}

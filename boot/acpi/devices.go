@@ -1,12 +1,16 @@
 package acpi
 
-import "slices"
+import (
+	"slices"
+
+	"baton/kvm/guestmem"
+)
 
 // pci is the root bridge: PCI Firmware Specification 3.3, 4.
 func (c *Config) pci() []byte {
 	windows := [][]byte{
-		window(windowBuses, 16, Range{0, uint64(c.lastBus()) + 1}),
-		window(windowPorts, 16, Range{0xd00, 0xf300}),
+		window(windowBuses, 16, guestmem.Range{Base: 0, Size: uint64(c.lastBus()) + 1}),
+		window(windowPorts, 16, guestmem.Range{Base: 0xd00, Size: 0xf300}),
 		window(windowMemory, 32, c.MMIO32),
 	}
 	if c.MMIO64.Size != 0 {
@@ -52,7 +56,7 @@ func (c *Config) osc() []byte {
 		createDWordField(arg3, 0, "CDW1"),
 		when(equal(arg0, buffer(oscUUID)),
 			createDWordField(arg3, 8, "CDW3"),
-			store(and(control, integer(grant)), local0),
+			and(control, integer(grant), local0),
 			when(notEqual(arg1, integer(1)), orInto(status, oscUnknownRevision)),
 			when(notEqual(control, local0), orInto(status, oscMasked)),
 			store(local0, control)),
@@ -83,7 +87,7 @@ func (c *Config) events() []byte {
 		portRegister("EVRG", "EVST", c.Power.Event),
 		method("_EVT", 1,
 			store(path("EVST"), local0),
-			when(and(local0, integer(uint64(c.Power.PowerButton))), notify(`\_SB.PWRB`, pressed))))
+			when(and(local0, integer(uint64(c.Power.PowerButton)), nothing), notify(`\_SB.PWRB`, pressed))))
 }
 
 func powerButton() []byte { return device("PWRB", name("_HID", eisaID("PNP0C0C"))) }
@@ -99,4 +103,11 @@ func com1() []byte {
 		name("_HID", eisaID("PNP0501")),
 		name("_UID", integer(0)),
 		name("_CRS", resources(slices.Concat(ports(0x3f8, 8), isaIRQ(4)))))
+}
+
+// pvpanic has a name of QEMU's: docs/specs/pvpanic.rst.
+func (c *Config) pvpanic() []byte {
+	return device("PEVT",
+		name("_HID", text("QEMU0001")),
+		name("_CRS", resources(ports(c.Panic, 1))))
 }

@@ -6,24 +6,21 @@
 //	RSDP ──> XSDT ─┬─> FADT ──> DSDT   \_SB  PCI0  root bridge: windows, _OSC
 //	               │                         MBRD  what belongs to no device: ECAM, ports
 //	               │                         GED   events ──Notify──> PWRB
-//	               │                         COM1, RTC
+//	               │                         COM1, RTC, PEVT (pvpanic)
 //	               ├─> MADT            \_S5
 //	               └─> MCFG
 package acpi
 
 import (
 	"encoding/binary"
-	"errors"
-	"fmt"
 	"slices"
+
+	"baton/kvm/guestmem"
 )
 
 // MaxCPUs is how many processors the tables describe: the 8-bit APIC IDs less the
 // broadcast address.
 const MaxCPUs = 255
-
-// Range is [Base, Base+Size) of guest-physical memory, in bytes.
-type Range struct{ Base, Size uint64 }
 
 // Power says where the power management is: I/O ports, and the values that they take.
 type Power struct {
@@ -37,47 +34,24 @@ type Power struct {
 	PowerButton  uint32 // its bit for a press of the power button
 }
 
-// Config describes the machine.
+// Config describes the machine. The limits are the caller's to keep.
 type Config struct {
-	Base          uint64 // where the tables will be; a multiple of 16
-	CPUs          int    // 1 to MaxCPUs, APIC IDs from 0
-	IOAPIC        uint32 // address; its ID and first GSI are 0
-	ECAM          Range  // below 4 GiB; 1 MiB a bus, from bus 0
-	MMIO32        Range  // window of the root bridge below 4 GiB
-	MMIO64        Range  // another one above; not there if its size is 0
+	Base          uint64         // where the tables will be; a multiple of 16
+	CPUs          int            // 1 to MaxCPUs, APIC IDs from 0
+	IOAPIC        uint32         // address; its ID and first GSI are 0
+	ECAM          guestmem.Range // below 4 GiB; 1 MiB a bus, from bus 0
+	MMIO32        guestmem.Range // window of the root bridge below 4 GiB
+	MMIO64        guestmem.Range // another one above; not there if its size is 0
 	Power         Power
-	Serial        bool // there is a COM1
-	NativeHotplug bool // the OS may drive the slots of root ports itself
+	Panic         uint16 // port of the pvpanic device
+	Serial        bool   // there is a COM1
+	NativeHotplug bool   // the OS may drive the slots of root ports itself
 }
 
-const maxBuses = 256
-
-func (c *Config) validate() error {
-	var errs []error
-	bad := func(cond bool, format string, args ...any) {
-		if cond {
-			errs = append(errs, fmt.Errorf("acpi tables: "+format, args...))
-		}
-	}
-	buses := c.ECAM.Size >> 20
-	bad(c.Base%16 != 0, "base %#x is not a multiple of 16", c.Base)
-	bad(c.CPUs < 1 || c.CPUs > MaxCPUs, "%d CPUs, not 1 to %d", c.CPUs, MaxCPUs)
-	bad(c.ECAM.Size%(1<<20) != 0 || buses < 1 || buses > maxBuses, "ECAM of %#x bytes is not 1 to 256 MiB", c.ECAM.Size)
-	bad(!below4G(c.ECAM), "ECAM at %#x is not below 4 GiB", c.ECAM.Base)
-	bad(c.MMIO32.Size == 0 || !below4G(c.MMIO32), "32-bit window %#x+%#x is empty or not below 4 GiB", c.MMIO32.Base, c.MMIO32.Size)
-	bad(c.MMIO64.Base+c.MMIO64.Size < c.MMIO64.Base, "64-bit window %#x+%#x wraps around", c.MMIO64.Base, c.MMIO64.Size)
-	return errors.Join(errs...)
-}
-
-func below4G(r Range) bool { return r.Base < 1<<32 && r.Size <= 1<<32-r.Base }
-
-// Tables returns the tables as they shall be in memory from c.Base on. The RSDP comes
-// first. It fails only on a Config that breaks the limits stated there.
-func Tables(c Config) ([]byte, error) {
-	if err := c.validate(); err != nil {
-		return nil, err
-	}
-	blob := make([]byte, rsdpSize)
+// Tables returns the tables as they shall be in memory from c.Base on, and the address of
+// the RSDP among them.
+func Tables(c Config) (blob []byte, rsdpAddr uint64) {
+	blob = make([]byte, rsdpSize)
 	add := func(t []byte) uint64 {
 		blob = append(blob, make([]byte, -len(blob)&15)...)
 		addr := c.Base + uint64(len(blob))
@@ -90,7 +64,7 @@ func Tables(c Config) ([]byte, error) {
 		entries = binary.LittleEndian.AppendUint64(entries, add(t))
 	}
 	copy(blob, rsdp(add(table("XSDT", 1, entries))))
-	return blob, nil
+	return blob, c.Base
 }
 
 const (
@@ -222,7 +196,7 @@ func (c *Config) mcfg() []byte {
 func (c *Config) lastBus() byte { return byte(c.ECAM.Size>>20 - 1) }
 
 func (c *Config) dsdt() []byte {
-	devices := [][]byte{c.pci(), c.motherboard(), c.events(), powerButton(), rtc()}
+	devices := [][]byte{c.pci(), c.motherboard(), c.events(), powerButton(), rtc(), c.pvpanic()}
 	if c.Serial {
 		devices = append(devices, com1())
 	}

@@ -6,6 +6,7 @@
 //	  0x070, 0x071   RTC and its NVRAM    │                       pin 4  <── COM1
 //	  0x0e9, 0x402   debug output         │                       pin 9  <── GED
 //	  0x3f8 .. 0x3ff COM1 (16550A)        │                       │
+//	  0x505          pvpanic              │                       │
 //	  0x600, 0x601   sleep control, status├─ PM                   └──> MSI to the LAPICs
 //	  0x610 .. 0x613 GED event register   │
 //	  0xcf9          reset control       ─┘

@@ -1,14 +1,16 @@
 package chipset
 
 import (
-	"io"
 	"sync"
 
 	"baton/devices"
 )
 
-// SleepTypeS5 is the SLP_TYP that means power off; the tables' \_S5 states it.
-const SleepTypeS5 = 5
+// Values that the ACPI tables state.
+const (
+	SleepTypeS5 = 5    // SLP_TYP for power off, in \_S5
+	ResetValue  = 0x06 // what the reset register takes, in the FADT
+)
 
 // EventPowerButton is the bit of the GED event register that a press of the power button
 // sets. The register is read to clear; its interrupt is an edge for every event.
@@ -135,22 +137,3 @@ func (r registers) Write(off uint64, p []byte) { writeBytes(off, p, r.write) }
 
 func zero(uint64) byte    { return 0 }
 func ignore(uint64, byte) {}
-
-// debugPresent is what the port reads as: Bochs' way to say that it is there.
-const debugPresent = 0xe9
-
-type debugPort struct{ w io.Writer }
-
-// NewDebugPort returns a port that writes every byte to w, which must bear being called
-// from several vCPUs at once.
-func NewDebugPort(w io.Writer) devices.BusDevice { return debugPort{w} }
-
-func (d debugPort) Read(_ uint64, p []byte) {
-	for i := range p {
-		p[i] = debugPresent
-	}
-}
-
-func (d debugPort) Write(_ uint64, p []byte) {
-	_, _ = d.w.Write(p) // nobody reads the output: nobody misses it
-}

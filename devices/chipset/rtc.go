@@ -28,20 +28,18 @@ const (
 	rtcADefault = 0x26 // 32768 Hz time base, 1024 Hz periodic rate
 	rtcB24Hour  = 1 << 1
 	rtcBBinary  = 1 << 2
-	rtcBSet     = 1 << 7
 	rtcDValid   = 1 << 7
-	rtcHoursPM  = 1 << 7
 )
 
-// RTC is an MC146818 clock in UTC with its NVRAM. An update takes no time, so update in
-// progress is never set. It has no interrupt: alarms are stored and never fire.
+// RTC is an MC146818 clock with its NVRAM. It shows UTC, in 24-hour mode, and cannot be
+// set. An update takes no time, so update in progress is never set. There is no
+// interrupt: alarms are stored and never fire.
 type RTC struct {
 	now func() time.Time
 
-	mu     sync.Mutex
-	offset time.Duration // what the guest has set the clock ahead of now
-	index  byte
-	ram    [128]byte // time registers are current only while the guest sets the time
+	mu    sync.Mutex
+	index byte
+	ram   [128]byte // what is not time
 }
 
 // NewRTC returns a clock that shows now.
@@ -59,11 +57,40 @@ func (r *RTC) Read(off uint64, p []byte) {
 		if reg != 1 {
 			return 0xff
 		}
-		if isTime(r.index) && r.ram[rtcB]&rtcBSet == 0 {
-			r.latch()
+		if v, ok := r.time(); ok {
+			return v
 		}
 		return r.ram[r.index]
 	})
+}
+
+// time is the selected register if it is one of the time's.
+func (r *RTC) time() (byte, bool) {
+	var v int
+	switch t := r.now().UTC(); r.index {
+	case rtcSeconds:
+		v = t.Second()
+	case rtcMinutes:
+		v = t.Minute()
+	case rtcHours:
+		v = t.Hour()
+	case rtcWeekday:
+		v = int(t.Weekday()) + 1
+	case rtcDay:
+		v = t.Day()
+	case rtcMonth:
+		v = int(t.Month())
+	case rtcYear:
+		v = t.Year() % 100
+	case rtcCentury:
+		v = t.Year() / 100
+	default:
+		return 0, false
+	}
+	if r.ram[rtcB]&rtcBBinary == 0 {
+		v = v/10<<4 | v%10
+	}
+	return byte(v), true
 }
 
 // Write implements devices.BusDevice.
@@ -71,92 +98,18 @@ func (r *RTC) Write(off uint64, p []byte) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	writeBytes(off, p, func(reg uint64, v byte) {
-		switch reg {
-		case 0:
+		if reg == 0 {
 			r.index = v & 0x7f // bit 7 masks NMIs on a PC
-		case 1:
-			r.write(r.index, v)
+			return
 		}
+		switch r.index {
+		case rtcA:
+			v &^= rtcAUIP
+		case rtcB:
+			v |= rtcB24Hour
+		case rtcC, rtcD:
+			return
+		}
+		r.ram[r.index] = v
 	})
-}
-
-func (r *RTC) write(reg, v byte) {
-	set := r.ram[rtcB]&rtcBSet != 0
-	switch {
-	case reg == rtcA:
-		r.ram[reg] = v &^ rtcAUIP
-	case reg == rtcB:
-		if !set && v&rtcBSet != 0 {
-			r.latch()
-		}
-		r.ram[reg] = v
-		if set && v&rtcBSet == 0 {
-			r.adjust()
-		}
-	case reg == rtcC, reg == rtcD:
-	case isTime(reg) && !set:
-		r.latch()
-		r.ram[reg] = v
-		r.adjust()
-	default:
-		r.ram[reg] = v
-	}
-}
-
-func isTime(reg byte) bool {
-	switch reg {
-	case rtcSeconds, rtcMinutes, rtcHours, rtcWeekday, rtcDay, rtcMonth, rtcYear, rtcCentury:
-		return true
-	}
-	return false
-}
-
-// latch copies the time to the registers.
-func (r *RTC) latch() {
-	t := r.now().Add(r.offset).UTC()
-	hour, pm := t.Hour(), byte(0)
-	if r.ram[rtcB]&rtcB24Hour == 0 {
-		if hour >= 12 {
-			pm = rtcHoursPM
-		}
-		hour = (hour+11)%12 + 1
-	}
-	r.ram[rtcSeconds] = r.encode(t.Second())
-	r.ram[rtcMinutes] = r.encode(t.Minute())
-	r.ram[rtcHours] = r.encode(hour) | pm
-	r.ram[rtcWeekday] = r.encode(int(t.Weekday()) + 1)
-	r.ram[rtcDay] = r.encode(t.Day())
-	r.ram[rtcMonth] = r.encode(int(t.Month()))
-	r.ram[rtcYear] = r.encode(t.Year() % 100)
-	r.ram[rtcCentury] = r.encode(t.Year() / 100)
-}
-
-// adjust sets the clock to the registers. Values out of range carry over.
-func (r *RTC) adjust() {
-	hours := r.ram[rtcHours]
-	hour := r.decode(hours)
-	if r.ram[rtcB]&rtcB24Hour == 0 {
-		hour = r.decode(hours&^rtcHoursPM) % 12
-		if hours&rtcHoursPM != 0 {
-			hour += 12
-		}
-	}
-	t := time.Date(r.decode(r.ram[rtcCentury])*100+r.decode(r.ram[rtcYear]),
-		time.Month(r.decode(r.ram[rtcMonth])), r.decode(r.ram[rtcDay]),
-		hour, r.decode(r.ram[rtcMinutes]), r.decode(r.ram[rtcSeconds]), 0, time.UTC)
-	r.offset = t.Sub(r.now())
-}
-
-func (r *RTC) encode(v int) byte {
-	if r.ram[rtcB]&rtcBBinary != 0 {
-		return byte(v)
-	}
-	return byte(v/10<<4 | v%10)
-}
-
-func (r *RTC) decode(v byte) int {
-	if r.ram[rtcB]&rtcBBinary != 0 {
-		return int(v)
-	}
-	return int(v>>4)*10 + int(v&0x0f)
 }
