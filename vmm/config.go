@@ -96,7 +96,7 @@ type Device struct {
 	Driver string // canonical, never an alias
 	ID     string // unique, may be empty
 	Bus    string // id of what it is plugged into: RootBus, a root port, or "ID.0" of a virtio-serial-pci
-	Addr   string // "SS.F" in hexadecimal, or empty: the first free slot
+	Addr   string // "SS.F", slot and function in hexadecimal; Complete fills it in, and Bus
 	Props  Values // what was given; the getters add the defaults of the driver table
 }
 

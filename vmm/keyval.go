@@ -170,6 +170,7 @@ func jsonPairs(text string) ([]pair, error) {
 // all that is right. Notes are for the user.
 func (s *schema) check(pairs []pair) (vals Values, notes []string, err error) {
 	vals = Values{}
+	given := map[string]bool{}
 	var errs []error
 	for _, kv := range pairs {
 		p := s.prop(kv.key)
@@ -183,21 +184,22 @@ func (s *schema) check(pairs []pair) (vals Values, notes []string, err error) {
 			continue
 		}
 		v, err := p.parse(kv.value)
-		_, twice := vals[p.name]
 		switch {
-		case err != nil:
-			errs = append(errs, fmt.Errorf("%s=%v: %w", p.name, kv.value, err))
+		case given[p.name]:
+			errs = append(errs, fmt.Errorf("%s: given twice", p.name))
 		case kv.bare && p.kind != kindBool:
 			errs = append(errs, fmt.Errorf("%s: a value is missing: %[1]s=%s", p.name, p.kindName()))
-		case twice:
-			errs = append(errs, fmt.Errorf("%s: given twice", p.name))
+		case err != nil:
+			errs = append(errs, fmt.Errorf("%s=%v: %w", p.name, kv.value, err))
 		case p.ignored != "":
 			notes = append(notes, fmt.Sprintf("%s=%v changes nothing: %s", p.name, kv.value, p.ignored))
+		default:
+			vals[p.name] = v
 		}
-		vals[p.name] = v
+		given[p.name] = true
 	}
 	for _, p := range s.props {
-		if _, ok := vals[p.name]; p.required && !ok {
+		if p.required && !given[p.name] {
 			errs = append(errs, fmt.Errorf("%s= is missing\n%s", p.name, p.help))
 		}
 	}
@@ -212,9 +214,6 @@ func (p *prop) parse(v any) (any, error) {
 		if v = n.String(); p.kind == kindAddr { // QEMU: a number is slot<<3 | function
 			devfn, err := strconv.ParseUint(n.String(), 10, 8)
 			return fmt.Sprintf("%02x.%x", devfn>>3, devfn&7), err
-		}
-		if p.kind == kindMiB { // a number in JSON counts bytes
-			v = n.String() + "B"
 		}
 	}
 	s, ok := v.(string)

@@ -5,8 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"os"
+	"reflect"
 	"slices"
 	"strings"
 )
@@ -135,7 +137,7 @@ func ParseArgs(args []string) (*Invocation, error) {
 		args = args[1:]
 		name := strings.TrimPrefix(strings.TrimPrefix(word, "-"), "-")
 		if name == word {
-			errs = append(errs, inObject(word, p.addDrive("", Values{"file": word})))
+			errs = append(errs, p.addDrive("", Values{"file": word}))
 			continue
 		}
 		o := find(table, func(o *option) bool { return o.name == name || o.alias == name })
@@ -229,6 +231,9 @@ func setCPU(p *parser, arg string) error {
 }
 
 func (p *parser) readConfig(file string) error {
+	if !reflect.DeepEqual(p.cfg, DefaultConfig()) {
+		return errors.New("has to stand before the options that add to it")
+	}
 	data, err := os.ReadFile(file)
 	if err != nil {
 		return err
@@ -247,6 +252,9 @@ func ReadConfig(data []byte) (*Config, error) {
 	d.DisallowUnknownFields()
 	if err := d.Decode(c); err != nil {
 		return nil, err
+	}
+	if _, err := d.Token(); err != io.EOF {
+		return nil, errors.New("text after the configuration")
 	}
 	return c, nil
 }

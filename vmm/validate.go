@@ -2,6 +2,7 @@ package vmm
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -15,54 +16,82 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Complete fills in what was left to baton: the serial port on stdio, buses, chassis
-// numbers and MACs. What it completed once, it leaves alone.
+// Complete fills in what was left to baton: the serial port on stdio, buses, addresses,
+// chassis numbers and MACs. What it completed once, it leaves alone.
 func (c *Config) Complete() {
 	onStdio := func(b Chardev) bool { return b.Spec == string(char.Stdio) }
 	if len(c.Serials) == 0 && !c.NoDefaults && !slices.ContainsFunc(c.Chardevs, onStdio) {
 		c.Serials = []string{string(char.Stdio)}
 	}
-	used := map[any]bool{} // MACs, chassis numbers, ids
-	for _, d := range c.Devices {
-		used[d.Props["mac"]], used[d.Props["chassis"]], used[d.ID] = true, true, true
+	used := map[any]bool{RootBus + " 00": true} // ids, MACs, chassis numbers, slots; the host bridge
+	for i := range c.Devices {
+		d := &c.Devices[i]
+		if d.Bus == "" && !d.on(busSerial) {
+			d.Bus = RootBus
+		}
+		slot, _, _ := strings.Cut(d.Addr, ".")
+		used[d.ID], used[d.Props["mac"]], used[d.Props["chassis"]], used[d.Bus+" "+slot] = true, true, true, true
+	}
+	// free takes the first of names from lo to hi that is not used; ok is false if all are.
+	free := func(lo, hi uint64, name func(uint64) any) (v any, ok bool) {
+		for n := lo; n <= hi; n++ {
+			if v := name(n); !used[v] {
+				used[v] = true
+				return v, true
+			}
+		}
+		return nil, false
 	}
 	var serialBus string
 	for i := range c.Devices {
 		d := &c.Devices[i]
+		setFree := func(prop string, lo, hi uint64, name func(uint64) any) {
+			if !d.Given(prop) {
+				if v, ok := free(lo, hi, name); ok {
+					d.set(prop, v)
+				}
+			}
+		}
 		switch d.Driver {
 		case "pcie-root-port":
-			for n := uint64(1); !d.Given("chassis") && n < 256; n++ {
-				if !used[n] {
-					d.set("chassis", n)
-					used[n] = true
-				}
-			}
+			setFree("chassis", 1, 255, func(n uint64) any { return n })
 		case "virtio-net-pci":
-			for n := 0x56; !d.Given("mac") && n < 0x100; n++ {
-				if mac := fmt.Sprintf("52:54:00:12:34:%02x", n); !used[mac] {
-					d.set("mac", mac)
-					used[mac] = true
-				}
-			}
+			setFree("mac", 0x56, 0xff, func(n uint64) any { return fmt.Sprintf("52:54:00:12:34:%02x", n) })
 		case "virtio-serial-pci":
-			for n := 0; d.ID == ""; n++ {
-				if id := fmt.Sprintf("virtio-serial%d", n); !used[id] {
-					d.ID, used[id] = id, true
-				}
+			if d.ID == "" {
+				id, _ := free(0, uint64(len(c.Devices)), func(n uint64) any { return fmt.Sprintf("virtio-serial%d", n) })
+				d.ID = id.(string)
 			}
-			if serialBus == "" {
-				serialBus = d.ID + ".0"
+			serialBus = cmp.Or(serialBus, d.ID+".0")
+		}
+		if d.Addr == "" && d.on(busPCI) {
+			if d.Bus != RootBus {
+				d.Addr = "00.0"
+			} else if place, ok := free(1, 31, func(n uint64) any { return fmt.Sprintf("%s %02x", RootBus, n) }); ok {
+				d.Addr = strings.TrimPrefix(place.(string), RootBus+" ") + ".0"
 			}
 		}
 	}
 	for i := range c.Devices {
-		if d := &c.Devices[i]; d.Bus == "" {
-			if d.Bus = RootBus; d.row() != nil && d.row().on == busSerial {
-				d.Bus = serialBus
-			}
-		}
+		c.Devices[i].Bus = cmp.Or(c.Devices[i].Bus, serialBus)
 	}
+	// A bus is there before what is plugged into it, in whatever order they were asked for.
+	slices.SortStableFunc(c.Devices, func(a, b Device) int { return cmp.Compare(a.depth(), b.depth()) })
 }
+
+// depth is how far the device is from RootBus: root ports, their devices, serial ports.
+func (d *Device) depth() int {
+	switch {
+	case d.Bus == RootBus:
+		return 0
+	case d.on(busPCI):
+		return 1
+	}
+	return 2
+}
+
+// on says whether the device belongs on a bus of that kind.
+func (d *Device) on(kind busKind) bool { row := d.row(); return row != nil && row.on == kind }
 
 // problems collects errors, each about a named object.
 type problems []error
@@ -149,6 +178,11 @@ func (c *Config) validateBackends(p *problems) {
 		}
 	}
 	p.ids("drive", list(c.Blockdevs, func(b *Blockdev) string { return b.ID }))
+	for _, b := range c.Blockdevs {
+		if b.File == "" {
+			p.add("drive "+b.ID, "it has no file")
+		}
+	}
 	p.ids("chardev", list(c.Chardevs, func(b *Chardev) string { return b.ID }))
 	specs := slices.Clone(c.Serials)
 	for _, b := range c.Chardevs {
@@ -211,19 +245,17 @@ func (c *Config) validateBuses(p *problems) {
 		if row.on != busPCI {
 			continue
 		}
-		addr := d.Addr
-		if d.Bus != RootBus {
-			if addr == "" {
-				addr = "00.0"
-			}
-			if !strings.HasPrefix(addr, "00.") {
-				p.add(d.String(), "addr=%s: bus %s is the one slot of a root port, slot 0", addr, d.Bus)
-			}
-		}
-		place := d.Bus + " " + addr
-		if other := at[place]; addr != "" && other != nil {
-			p.add(d.String(), "bus=%s,addr=%s: %s is there\nleave addr= away for the first free slot of %s, or add a pcie-root-port", d.Bus, addr, other, RootBus)
-		} else if addr != "" {
+		place := d.Bus + " " + d.Addr
+		switch other := at[place]; {
+		case d.Addr == "":
+			p.add(d.String(), "bus %s is full\nadd a pcie-root-port with multifunction=on, and others at its functions 1 to 7", d.Bus)
+		case d.Bus != RootBus && d.Driver == "pcie-root-port":
+			p.add(d.String(), "bus=%s: a root port belongs on %s", d.Bus, RootBus)
+		case d.Bus != RootBus && !strings.HasPrefix(d.Addr, "00."):
+			p.add(d.String(), "addr=%s: bus %s is the one slot of a root port, slot 0", d.Addr, d.Bus)
+		case other != nil:
+			p.add(d.String(), "bus=%s,addr=%s: %s is there\nleave addr= away for the first free slot of %s, or add a pcie-root-port", d.Bus, d.Addr, other, RootBus)
+		default:
 			at[place] = d
 		}
 		if d.Driver == "pcie-root-port" {
@@ -302,6 +334,7 @@ func (c *Config) CheckFiles() error {
 	for _, b := range c.Blockdevs {
 		magic, err := head(b.File)
 		switch {
+		case b.File == "": // Validate tells
 		case err != nil:
 			p.add("drive "+b.ID, "%w", err)
 		case bytes.HasPrefix(magic, []byte("QFI\xfb")):
