@@ -20,12 +20,12 @@ const (
 
 // drivers is the table of all that -device takes.
 var drivers = []driver{
-	{schema{"pcie-root-port", nil, "PCIe root port: one slot that a device can be plugged into", pci(
+	{schema{"pcie-root-port", nil, "PCIe root port: one slot that a device can be plugged into", onPCI(
 		prop{name: "chassis", kind: kindUint, max: 255, help: "chassis number; with slot= unique; default: a free one"},
 		prop{name: "slot", kind: kindUint, max: 8191, def: uint64(0), help: "physical slot number"},
 		prop{name: "port", kind: kindUint, max: 255, def: uint64(0), help: "port number in the link capabilities"},
 	)}, busPCI, busPCI},
-	{schema{"virtio-net-pci", aliases("virtio-net"), "network card", virtio(
+	{schema{"virtio-net-pci", aliases("virtio-net"), "network card", onVirtio(
 		prop{name: "netdev", required: true, help: "id of the -netdev behind it"},
 		prop{name: "mac", kind: kindMAC, help: "its address; default: 52:54:00:12:34:56 and up"},
 		prop{name: "mq", kind: kindBool, def: false, help: "offer all queue pairs of the netdev"},
@@ -38,7 +38,7 @@ var drivers = []driver{
 		feature("host_ecn", 13), feature("host_ufo", 14), feature("mrg_rxbuf", 15), feature("status", 16),
 		feature("ctrl_vq", 17), feature("ctrl_rx", 18), feature("ctrl_vlan", 19), feature("ctrl_mac_addr", 23),
 	)}, busPCI, ""},
-	{schema{"virtio-blk-pci", aliases("virtio-blk"), "disk", virtio(
+	{schema{"virtio-blk-pci", aliases("virtio-blk"), "disk", onVirtio(
 		prop{name: "drive", required: true, help: "id of the -drive or -blockdev behind it"},
 		prop{name: "serial", help: "serial number, up to 20 bytes"},
 		prop{name: "num-queues", kind: kindUint, min: 1, max: MaxQueues, def: uint64(1), help: "request queues"},
@@ -46,17 +46,17 @@ var drivers = []driver{
 		prop{name: "logical_block_size", kind: kindPow2, min: 512, max: 4096, def: uint64(512), help: "bytes"},
 		prop{name: "bootindex", kind: kindUint, ignored: "the kernel is given by -kernel"},
 	)}, busPCI, ""},
-	{schema{"virtio-serial-pci", aliases("virtio-serial"), "carrier of consoles and ports", virtio(
+	{schema{"virtio-serial-pci", aliases("virtio-serial"), "carrier of consoles and ports", onVirtio(
 		prop{name: "max_ports", kind: kindUint, min: 1, max: 31, def: uint64(31), help: "ports that it has room for"},
 	)}, busPCI, busSerial},
-	{schema{"virtconsole", nil, "console (hvc0 and up) on a virtio-serial-pci", port}, busSerial, ""},
-	{schema{"virtserialport", nil, "byte channel (/dev/virtio-ports/NAME) on a virtio-serial-pci", port}, busSerial, ""},
-	{schema{"virtio-rng-pci", aliases("virtio-rng"), "entropy", virtio(
+	{schema{"virtconsole", nil, "console (hvc0 and up) on a virtio-serial-pci", portProps}, busSerial, ""},
+	{schema{"virtserialport", nil, "byte channel (/dev/virtio-ports/NAME) on a virtio-serial-pci", portProps}, busSerial, ""},
+	{schema{"virtio-rng-pci", aliases("virtio-rng"), "entropy", onVirtio(
 		prop{name: "rng", help: "id of an -object rng-random or rng-builtin; both are the host's getrandom(2)"},
 	)}, busPCI, ""},
 }
 
-var port = []prop{
+var portProps = []prop{
 	{name: "chardev", required: true, help: "id of the -chardev behind it"},
 	{name: "name", help: "name that the guest sees"},
 	{name: "nr", kind: kindUint, max: 30, help: "port number; default: the first free one, 0 for a console only"},
@@ -75,7 +75,7 @@ func only(name, value, why string) prop {
 	return prop{name: name, kind: kindEnum, enum: []string{value}, help: why}
 }
 
-func pci(own ...prop) []prop {
+func onPCI(own ...prop) []prop {
 	return append(own,
 		prop{name: "id", help: "name of the device"},
 		prop{name: "bus", def: RootBus, help: "what it is plugged into: " + RootBus + " or the id of a pcie-root-port"},
@@ -83,8 +83,8 @@ func pci(own ...prop) []prop {
 		prop{name: "multifunction", kind: kindBool, def: false, help: "functions 1 to 7 of this slot may be used too"})
 }
 
-func virtio(own ...prop) []prop {
-	return pci(append(own,
+func onVirtio(own ...prop) []prop {
+	return onPCI(append(own,
 		prop{name: "vectors", kind: kindUint, max: 64, help: "MSI-X vectors; default: one for each queue and one for changes"},
 		prop{name: "romfile", ignored: "there is no option ROM"},
 		prop{name: "rombar", kind: kindUint, ignored: "there is no option ROM"},
