@@ -12,6 +12,7 @@ const (
 	getVringBase  = 0xc008af12 // vringState
 	setVringKick  = 0x4008af20 // vringFile
 	setVringCall  = 0x4008af21 // vringFile
+	setVringErr   = 0x4008af22 // vringFile
 	netSetBackend = 0x4008af30 // vringFile
 )
 

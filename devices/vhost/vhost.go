@@ -10,7 +10,10 @@
 package vhost
 
 import (
+	"errors"
 	"fmt"
+	"os"
+	"time"
 
 	"baton/kvm/guestmem"
 
@@ -32,6 +35,9 @@ type Vring struct {
 type Net struct {
 	fd       int
 	features uint64
+	errFD    int           // eventfd that the kernel signals for a ring it cannot read
+	broken   *os.File      // errFD, whose method Fd would make it block
+	watching chan struct{} // closed by the goroutine that reads it; nil: not serving
 }
 
 // Open opens /dev/vhost-net, a new instance each time.
@@ -55,15 +61,17 @@ func Open() (*Net, error) {
 func NewNet(fd int) (*Net, error) {
 	n := &Net{fd: fd}
 	err := ioctl[byte](fd, setOwner, nil)
-	if err != nil {
-		err = fmt.Errorf("own vhost-net fd %d: %w", fd, err)
-	} else if err = ioctl(fd, getFeatures, &n.features); err != nil {
-		err = fmt.Errorf("read features of vhost-net fd %d: %w", fd, err)
+	if err == nil {
+		err = ioctl(fd, getFeatures, &n.features)
+	}
+	if err == nil {
+		n.errFD, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
 	}
 	if err != nil {
 		_ = unix.Close(fd)
-		return nil, err
+		return nil, fmt.Errorf("set up vhost-net fd %d: %w", fd, err)
 	}
+	n.broken = os.NewFile(uintptr(n.errFD), "vhost-net errors")
 	return n, nil
 }
 
@@ -74,8 +82,9 @@ func (n *Net) Features() uint64 { return n.features }
 
 // Start serves rings, receive and transmit queue, with the negotiated features from guest
 // memory mem and the TAP queue tap, whose frames have the virtio_net_hdr before them. It
-// fails, and serves nothing, for a ring that is not inside guest memory.
-func (n *Net) Start(mem *guestmem.Memory, features uint64, rings [2]Vring, tap int) error {
+// fails, and serves nothing, for a ring that is not inside guest memory. What the driver
+// puts into a ring is looked at later: failed is called, once, when it makes no sense.
+func (n *Net) Start(mem *guestmem.Memory, features uint64, rings [2]Vring, tap int, failed func(error)) error {
 	if err := ioctl(n.fd, setFeatures, &features); err != nil {
 		return fmt.Errorf("start vhost-net with features %#x: %w", features, err)
 	}
@@ -97,7 +106,22 @@ func (n *Net) Start(mem *guestmem.Memory, features uint64, rings [2]Vring, tap i
 			return fmt.Errorf("start vhost-net: attach ring %d to the TAP: %w", i, err)
 		}
 	}
+	n.watch(failed)
 	return nil
+}
+
+// watch reports the first error of the worker, which goes on as if nothing had happened.
+func (n *Net) watch(failed func(error)) {
+	done := make(chan struct{})
+	n.watching = done
+	_ = n.broken.SetReadDeadline(time.Time{})
+	go func() {
+		defer close(done)
+		var count [8]byte
+		if _, err := n.broken.Read(count[:]); err == nil {
+			failed(errors.New("vhost-net: the driver has broken a ring"))
+		}
+	}()
 }
 
 func (n *Net) setRing(mem *guestmem.Memory, i uint32, r Vring) error {
@@ -120,36 +144,46 @@ func (n *Net) setRing(mem *guestmem.Memory, i uint32, r Vring) error {
 	if err := ioctl(n.fd, setVringCall, &vringFile{i, int32(r.Call)}); err != nil {
 		return fmt.Errorf("call fd %d: %w", r.Call, err)
 	}
+	if err := ioctl(n.fd, setVringErr, &vringFile{i, int32(n.errFD)}); err != nil {
+		return fmt.Errorf("error fd: %w", err)
+	}
 	return nil
 }
 
 // Stop ends the service and returns where each ring stands: the Base of a later Start.
-// When it returns, the kernel touches guest memory no more.
+// When it returns, the kernel touches guest memory no more, and failed is not called.
 func (n *Net) Stop() (base [2]uint16, err error) {
 	n.detach()
 	for i := range base {
 		s := vringState{index: uint32(i)}
-		if err := ioctl(n.fd, getVringBase, &s); err != nil {
-			return base, fmt.Errorf("stop vhost-net: read the position of ring %d: %w", i, err)
+		if e := ioctl(n.fd, getVringBase, &s); e != nil {
+			err = fmt.Errorf("stop vhost-net: read the position of ring %d: %w", i, e)
 		}
 		base[i] = uint16(s.num)
 	}
-	return base, nil
+	return base, err
 }
 
-// detach takes the TAP away, which waits for the worker. It fails for a ring only that the
+// detach takes the TAP away, which waits for the worker. It fails only for a ring that the
 // worker does not serve.
 func (n *Net) detach() {
 	for i := range uint32(2) {
 		_ = ioctl(n.fd, netSetBackend, &vringFile{i, -1})
 	}
+	if n.watching != nil {
+		_ = n.broken.SetReadDeadline(time.Unix(1, 0)) // long past
+		<-n.watching
+		n.watching = nil
+	}
 }
 
 // Close ends the service, if any, and the kernel thread.
-func (n *Net) Close() error { return unix.Close(n.fd) }
+func (n *Net) Close() error {
+	n.detach()
+	return errors.Join(n.broken.Close(), unix.Close(n.fd))
+}
 
-// ringAddr translates a ring's addresses; sizes of the areas are those of VIRTIO 1.2, 2.7
-// with the event index, for which vhost asks even when it is not negotiated.
+// ringAddr translates a ring's addresses. The sizes are those of VIRTIO 1.2, 2.7.
 func ringAddr(mem *guestmem.Memory, i uint32, r Vring) (addr vringAddr, err error) {
 	size := uint64(r.Size)
 	addr.index = i
