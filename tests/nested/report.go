@@ -95,6 +95,7 @@ func (r *report) result(id testID, e testEvent) {
 	name := short(e.Package)
 	if e.Test == "" {
 		r.packages++
+		r.unfinished(e.Package)
 		switch {
 		case e.Action == "fail" && !r.failedIn[e.Package]:
 			r.broken++
@@ -121,6 +122,17 @@ func (r *report) result(id testID, e testEvent) {
 	}
 	if r.each && !strings.Contains(e.Test, "/") {
 		r.say("ok    %s %s (%.1f s)", name, e.Test, e.Elapsed)
+	}
+}
+
+// unfinished counts as failed the tests that were under way when their package ended.
+func (r *report) unfinished(pkg string) {
+	for id, since := range r.running {
+		if id.pkg != pkg || id.test == "" {
+			continue
+		}
+		delete(r.running, id)
+		r.result(id, testEvent{Action: "fail", Package: pkg, Test: id.test, Elapsed: time.Since(since).Seconds()})
 	}
 }
 

@@ -214,6 +214,10 @@ func (e env) runSuite(ctx context.Context, m *machine, s suite, o runOptions, ba
 		Argv: argv, Dir: s.dir, LimitSeconds: (o.limit + 20*time.Second).Seconds(),
 		Env: environ("BATON_BIN="+baton, "BATON_ARTIFACTS="+path.Join(proto.OutDir, s.name()), "BATON_REPO="+e.repo),
 	}, in, in)
+	if err != nil || x.Code != 0 || x.Killed {
+		// As go test adds: test2json does not know the exit code. \x16 marks a line of the framework's.
+		fmt.Fprintf(in, "\n\x16FAIL\t%s\n", s.pkg)
+	}
 	in.Close()
 	rerr := <-read
 	return errors.Join(err, rerr, convert.Wait(), exitProblem(x))
@@ -221,17 +225,19 @@ func (e env) runSuite(ctx context.Context, m *machine, s suite, o runOptions, ba
 
 // exitProblem is what is wrong with how a test binary ended that its events do not say.
 func exitProblem(x proto.Exit) error {
+	var errs []error
 	switch {
 	case x.Killed:
-		return errors.New("killed at its limit")
+		errs = append(errs, errors.New("killed at its limit"))
 	case x.Error != "":
-		return errors.New(x.Error)
-	case x.Code > 1: // 1: a test failed, and was reported
-		return fmt.Errorf("exit code %d", x.Code)
-	case len(x.Running) > 0:
-		return fmt.Errorf("left running: %s", strings.Join(x.Running, ", "))
+		errs = append(errs, errors.New(x.Error))
+	case x.Code > 2: // 1: a test failed, 2: it panicked; both are in the events
+		errs = append(errs, fmt.Errorf("exit code %d", x.Code))
 	}
-	return nil
+	if len(x.Running) > 0 {
+		errs = append(errs, fmt.Errorf("left running: %s", strings.Join(x.Running, ", ")))
+	}
+	return errors.Join(errs...)
 }
 
 // runLocal runs packages here, under the race detector.
