@@ -1,13 +1,15 @@
 package devices
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"sync"
 	"sync/atomic"
 )
 
-// Range is [Base, Base+Size) of an address space, in bytes.
+// Range is [Base, Base+Size) of an address space, in bytes. It may reach the top of the
+// space, where its End is zero.
 type Range struct{ Base, Size uint64 }
 
 // End is the first address after the range.
@@ -16,8 +18,8 @@ func (r Range) End() uint64 { return r.Base + r.Size }
 // Contains says whether addr lies in the range.
 func (r Range) Contains(addr uint64) bool { return addr-r.Base < r.Size }
 
-// Overlaps says whether the two ranges share an address.
-func (r Range) Overlaps(o Range) bool { return r.Base < o.End() && o.Base < r.End() }
+// Overlaps says whether the two ranges, neither of them empty, share an address.
+func (r Range) Overlaps(o Range) bool { return r.Contains(o.Base) || o.Contains(r.Base) }
 
 func (r Range) String() string { return fmt.Sprintf("%#x-%#x", r.Base, r.End()-1) }
 
@@ -132,15 +134,7 @@ func insert(t []claim, c claim) ([]claim, error) {
 	if c.Size == 0 || c.Base+c.Size-1 < c.Base {
 		return nil, fmt.Errorf("claim %s: range %#x+%#x is empty or wraps around", c.name, c.Base, c.Size)
 	}
-	i, _ := slices.BinarySearchFunc(t, c.Base, func(e claim, base uint64) int {
-		switch {
-		case e.Base < base:
-			return -1
-		case e.Base > base:
-			return 1
-		}
-		return 0
-	})
+	i, _ := slices.BinarySearchFunc(t, c.Base, func(e claim, base uint64) int { return cmp.Compare(e.Base, base) })
 	for _, j := range []int{i - 1, i} {
 		if j >= 0 && j < len(t) && t[j].Overlaps(c.Range) {
 			return nil, fmt.Errorf("claim %s: %s overlaps %s at %s", c.name, c.Range, t[j].name, t[j].Range)
