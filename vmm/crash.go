@@ -1,0 +1,85 @@
+package vmm
+
+import (
+	"fmt"
+	"strings"
+
+	"golang.org/x/arch/x86/x86asm"
+)
+
+// crash reports that vCPU c cannot go on and asks the main loop to end the machine.
+func (m *Machine) crash(c *vcpu, cause string) {
+	m.log.Error("guest crashed\n" + m.describe(c, cause))
+	m.events.Publish("GUEST_CRASHED", crashData{c.ID(), cause})
+	m.request(requestCrash, "internal-error")
+}
+
+// tripleFault handles the shutdown cycle of a vCPU. It is how some guests reboot, so it
+// is a reset, but one that is reported.
+func (m *Machine) tripleFault(c *vcpu) {
+	m.log.Warn("guest triple fault\n" + m.describe(c, "triple fault"))
+	m.request(requestReset, "guest-reset")
+}
+
+// panicked handles the guest kernel's own report through the pvpanic device; it goes on
+// to reboot or halt as its command line says.
+func (m *Machine) panicked() {
+	m.log.Error("guest panicked")
+	m.events.Publish("GUEST_PANICKED", map[string]string{"action": "run"})
+}
+
+type crashData struct {
+	CPU   int    `json:"cpu-index"`
+	Cause string `json:"cause"`
+}
+
+// describe says where vCPU c stands: registers and the instruction at RIP. It must be
+// called from the vCPU's own thread or while it is parked.
+func (m *Machine) describe(c *vcpu, cause string) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "  cpu %d: %s\n", c.ID(), cause)
+	r, err := c.Regs()
+	if err != nil {
+		fmt.Fprintf(&b, "  registers: %v", err)
+		return b.String()
+	}
+	s, err := c.Sregs()
+	if err != nil {
+		fmt.Fprintf(&b, "  registers: %v", err)
+		return b.String()
+	}
+	mode := 16
+	switch {
+	case s.CS.L == 1:
+		mode = 64
+	case s.CS.DB == 1:
+		mode = 32
+	}
+	fmt.Fprintf(&b, "  rip %#x  rsp %#x  rflags %#x  cr0 %#x  cr2 %#x  cr3 %#x  cr4 %#x\n",
+		r.RIP, r.RSP, r.RFLAGS, s.CR0, s.CR2, s.CR3, s.CR4)
+	fmt.Fprintf(&b, "  rax %#x  rbx %#x  rcx %#x  rdx %#x  rsi %#x  rdi %#x  %d-bit code\n",
+		r.RAX, r.RBX, r.RCX, r.RDX, r.RSI, r.RDI, mode)
+	fmt.Fprintf(&b, "  at rip: %s", m.instruction(c, s.CS.Base+r.RIP, mode))
+	return b.String()
+}
+
+// maxInstruction is the longest x86 instruction in bytes: Intel SDM vol. 2, 2.3.11.
+const maxInstruction = 15
+
+// instruction disassembles what lies at a linear address of vCPU c.
+func (m *Machine) instruction(c *vcpu, linear uint64, mode int) string {
+	phys, ok, err := c.Translate(linear)
+	if err != nil || !ok {
+		return fmt.Sprintf("linear address %#x is not mapped", linear)
+	}
+	n := min(maxInstruction, 0x1000-phys&0xfff)
+	code, err := m.mem.Bytes(phys, n)
+	if err != nil {
+		return fmt.Sprintf("physical address %#x is not RAM", phys)
+	}
+	inst, err := x86asm.Decode(code, mode)
+	if err != nil {
+		return fmt.Sprintf("% x (%v)", code, err)
+	}
+	return fmt.Sprintf("% x  %s", code[:inst.Len], x86asm.GNUSyntax(inst, linear, nil))
+}

@@ -1,0 +1,164 @@
+package vmm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// State is what the machine is doing; the names are QMP's RunState.
+type State string
+
+// The states of a machine.
+const (
+	StatePrelaunch     State = "prelaunch" // no vCPU has run yet
+	StateRunning       State = "running"
+	StatePaused        State = "paused"
+	StateInternalError State = "internal-error" // KVM or the guest failed; the vCPUs stand still
+	StateShutdown      State = "shutdown"
+)
+
+// ErrCrashed is what Run returns after a guest that cannot go on; the report is in the log.
+var ErrCrashed = errors.New("guest crashed")
+
+// request is what somebody wants of the machine's main loop. A vCPU's thread only asks:
+// the loop needs every vCPU parked to do it.
+type request struct {
+	kind   requestKind
+	reason string // QMP's ShutdownCause
+}
+
+type requestKind int
+
+const (
+	requestReset requestKind = iota
+	requestPowerOff
+	requestCrash
+)
+
+// request asks the main loop to act and stops the guest at once. It may be called from a
+// vCPU's thread. A request that comes while another one waits is dropped: the first wins.
+func (m *Machine) request(kind requestKind, reason string) {
+	m.gate.hold()
+	select {
+	case m.requests <- request{kind, reason}:
+	default:
+	}
+}
+
+// PowerOff ends Run as if the guest had turned itself off.
+func (m *Machine) PowerOff(reason string) { m.request(requestPowerOff, reason) }
+
+// Reset restarts the guest from its kernel, or ends Run under -no-reboot.
+func (m *Machine) Reset(reason string) { m.request(requestReset, reason) }
+
+// PowerButton presses the power button; what follows is the guest's decision.
+func (m *Machine) PowerButton() {
+	m.events.Publish("POWERDOWN", nil)
+	m.pm.PowerButton()
+}
+
+// State returns what the machine is doing.
+func (m *Machine) State() State {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.state
+}
+
+// Run starts the vCPUs and serves the machine until the guest turns itself off, crashes
+// (ErrCrashed) or ctx is done. All vCPUs have stopped when it returns.
+func (m *Machine) Run(ctx context.Context) error {
+	done := make(chan struct{}, len(m.vcpus))
+	for _, c := range m.vcpus {
+		go func() { c.run(); done <- struct{}{} }()
+	}
+	defer func() {
+		m.stopVCPUs()
+		m.gate.end()
+		for range m.vcpus {
+			<-done
+		}
+	}()
+	if err := m.restart(); err != nil {
+		return err
+	}
+	m.resume()
+	for {
+		select {
+		case <-ctx.Done():
+			m.setState(StateShutdown)
+			m.events.Publish("SHUTDOWN", shutdownData{false, "host-signal"})
+			return nil
+		case r := <-m.requests:
+			m.stopVCPUs()
+			switch {
+			case r.kind == requestCrash:
+				m.setState(StateInternalError)
+				return ErrCrashed
+			case r.kind == requestReset && !m.cfg.NoReboot:
+				m.events.Publish("RESET", shutdownData{guestAsked(r.reason), r.reason})
+				if err := m.restart(); err != nil {
+					return fmt.Errorf("reset: %w", err)
+				}
+				m.resume()
+			default:
+				m.setState(StateShutdown)
+				m.events.Publish("SHUTDOWN", shutdownData{guestAsked(r.reason), r.reason})
+				return nil
+			}
+		}
+	}
+}
+
+// shutdownData is the data of QMP's SHUTDOWN and RESET events.
+type shutdownData struct {
+	Guest  bool   `json:"guest"`
+	Reason string `json:"reason"`
+}
+
+func guestAsked(reason string) bool { return len(reason) > 6 && reason[:6] == "guest-" }
+
+// restart puts everything into the state of a machine that was just turned on: devices,
+// vCPUs, and the kernel in RAM. No vCPU may be running.
+func (m *Machine) restart() error {
+	start := time.Now()
+	if err := m.resetDevices(); err != nil {
+		return err
+	}
+	entry, err := m.loadKernel()
+	if err != nil {
+		return err
+	}
+	for _, c := range m.vcpus {
+		if _, err := c.LoadState(c.power); err != nil {
+			return fmt.Errorf("vcpu %d: %w", c.ID(), err)
+		}
+	}
+	if err := m.vcpus[0].enter(entry); err != nil {
+		return fmt.Errorf("vcpu 0: %w", err)
+	}
+	m.log.Debug("kernel loaded", "kernel", m.cfg.Kernel, "ms", time.Since(start).Milliseconds())
+	return nil
+}
+
+// resume lets the vCPUs run.
+func (m *Machine) resume() {
+	m.setState(StateRunning)
+	m.events.Publish("RESUME", nil)
+	m.gate.open()
+}
+
+func (m *Machine) stopVCPUs() {
+	m.gate.close(func() {
+		for _, c := range m.vcpus {
+			c.Kick()
+		}
+	})
+}
+
+func (m *Machine) setState(s State) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.state = s
+}

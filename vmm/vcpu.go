@@ -1,0 +1,91 @@
+package vmm
+
+import (
+	"fmt"
+	"runtime"
+
+	"baton/boot"
+	"baton/kvm"
+)
+
+// vcpu is one virtual processor and the thread that runs it.
+type vcpu struct {
+	*kvm.VCPU
+	m     *Machine
+	power kvm.State // as KVM made it, before the first instruction
+}
+
+// run executes the guest until the gate says that it is over. It is the hot path: bus
+// dispatch and KVM_RUN allocate nothing.
+func (c *vcpu) run() {
+	runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+	setThreadName(fmt.Sprintf("CPU %d/KVM", c.ID()))
+	for c.m.gate.pass() {
+		reason, err := c.Run()
+		if err != nil {
+			c.m.crash(c, err.Error())
+			continue
+		}
+		switch reason {
+		case kvm.ExitIO:
+			c.pio()
+		case kvm.ExitMMIO:
+			x := c.MMIO()
+			if x.Write {
+				c.m.mmio.Write(x.Addr, x.Data)
+			} else {
+				c.m.mmio.Read(x.Addr, x.Data)
+			}
+		case kvm.ExitIntr:
+		case kvm.ExitIOAPICEOI:
+			c.m.ioapic.EOI(c.EOIVector())
+		case kvm.ExitShutdown:
+			c.m.tripleFault(c)
+		case kvm.ExitSystemEvent:
+			c.m.request(requestReset, "guest-reset")
+		case kvm.ExitFailEntry:
+			hw, cpu := c.FailEntry()
+			c.m.crash(c, fmt.Sprintf("kvm could not enter the guest: hardware reason %#x on host cpu %d", hw, cpu))
+		case kvm.ExitInternalError:
+			c.m.crash(c, c.InternalError().Error())
+		default:
+			c.m.crash(c, fmt.Sprintf("kvm exit %v that baton does not handle", reason))
+		}
+	}
+}
+
+// pio carries out a port access; a string instruction moves Count items through one port.
+func (c *vcpu) pio() {
+	x := c.IO()
+	for p := x.Data; len(p) >= x.Size && x.Size > 0; p = p[x.Size:] {
+		if x.Out {
+			c.m.ports.Write(uint64(x.Port), p[:x.Size])
+		} else {
+			c.m.ports.Read(uint64(x.Port), p[:x.Size])
+		}
+	}
+}
+
+// enter puts the vCPU at the kernel's entry point.
+func (c *vcpu) enter(e boot.Entry) error {
+	s, err := c.Sregs()
+	if err != nil {
+		return err
+	}
+	cpu := e.CPU()
+	s.CR0, s.CR3, s.CR4, s.EFER = cpu.CR0, 0, 0, 0
+	s.CS, s.TR = segment(cpu.CS), segment(cpu.TR)
+	data := segment(cpu.Data)
+	s.DS, s.ES, s.FS, s.GS, s.SS = data, data, data, data, data
+	if err := c.SetSregs(s); err != nil {
+		return err
+	}
+	return c.SetRegs(kvm.Regs{RIP: cpu.RIP, RBX: cpu.RBX, RFLAGS: cpu.RFLAGS})
+}
+
+func segment(s boot.Segment) kvm.Segment {
+	return kvm.Segment{
+		Base: s.Base, Limit: s.Limit, Selector: s.Selector, Typ: s.Type,
+		Present: s.Present, DPL: s.DPL, DB: s.DB, S: s.System, L: s.Long, G: s.Gran,
+	}
+}
