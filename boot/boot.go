@@ -5,7 +5,7 @@
 // ABI), so the guest spends no time in firmware or in its own decompressor:
 //
 //	bzImage ─ setup header ─> payload ─ zstd, gzip, xz, lz4 ─┐
-//	vmlinux, any ELF with a PVH note ────────────────────────┴─> PT_LOAD segments ─> guest RAM
+//	vmlinux, any ELF with a PVH note ────────────────────────┴─> segments ─> guest RAM
 //
 //	0x6000    hvm_start_info, memory map, module list
 //	0x7000    command line
@@ -15,12 +15,14 @@
 package boot
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"strings"
+	"unicode/utf8"
 
 	"baton/kvm/guestmem"
 )
@@ -43,8 +45,7 @@ type Config struct {
 	Kernel  string // path of a bzImage or of an ELF file with a PVH note
 	Initrd  string // path, or empty for none
 	Cmdline string
-	ACPI    []byte // tables, to be placed at ACPIBase; at most ACPISize bytes
-	RSDP    uint64 // guest-physical address of the RSDP, 0 for none
+	ACPI    []byte // tables made for ACPIBase, the RSDP first; at most ACPISize bytes
 }
 
 // Entry says where the first vCPU begins; see CPU for its whole state.
@@ -60,14 +61,14 @@ func Load(mem *guestmem.Memory, cfg Config) (Entry, error) {
 	if err != nil {
 		return Entry{}, fmt.Errorf("load kernel %s: %w", cfg.Kernel, err)
 	}
-	if err := putCmdline(mem, cfg.Cmdline, img.cmdlineMax); err != nil {
-		return Entry{}, err
+	if uint64(len(cfg.Cmdline)) > img.cmdlineMax {
+		return Entry{}, fmt.Errorf("pass command line: %d bytes are more than the %d this kernel takes", len(cfg.Cmdline), img.cmdlineMax)
+	}
+	if strings.IndexByte(cfg.Cmdline, 0) >= 0 {
+		return Entry{}, errors.New("pass command line: it contains a zero byte")
 	}
 	if len(cfg.ACPI) > ACPISize {
 		return Entry{}, fmt.Errorf("load ACPI tables: %d bytes do not fit into %d", len(cfg.ACPI), ACPISize)
-	}
-	if _, err := mem.WriteAt(cfg.ACPI, ACPIBase); err != nil {
-		return Entry{}, fmt.Errorf("load ACPI tables: %w", err)
 	}
 	var initrd guestmem.Range
 	if cfg.Initrd != "" {
@@ -75,10 +76,17 @@ func Load(mem *guestmem.Memory, cfg Config) (Entry, error) {
 			return Entry{}, fmt.Errorf("load initrd %s: %w", cfg.Initrd, err)
 		}
 	}
-	if err := putStartInfo(mem, cfg, initrd); err != nil {
-		return Entry{}, fmt.Errorf("write start info: %w", err)
+	if err := putBootData(mem, cfg, initrd); err != nil {
+		return Entry{}, fmt.Errorf("write boot data: %w", err)
 	}
 	return Entry{PC: uint64(img.entry), StartInfo: startInfoAddr}, nil
+}
+
+// image is a loaded kernel.
+type image struct {
+	entry      uint32 // guest-physical PVH entry point
+	end        uint64 // of the highest segment
+	cmdlineMax uint64 // bytes, without the terminating zero
 }
 
 // loadKernel recognises the file's format and loads it.
@@ -90,19 +98,52 @@ func loadKernel(mem *guestmem.Memory, cfg Config) (image, error) {
 	defer f.Close()
 	head := make([]byte, setupHeaderEnd)
 	got, err := f.ReadAt(head, 0)
-	if err != nil && !errors.Is(err, io.EOF) {
+	if err != nil && err != io.EOF {
 		return image{}, err
 	}
 	switch head = head[:got]; {
-	case got == 0:
-		return image{}, errors.New("the file is empty")
-	case isELF(head):
-		return loadELF(mem, cfg.Map, f)
 	case isBzImage(head):
 		return loadBzImage(mem, cfg.Map, f, n, head)
+	case isELF(head):
+		p, err := parseELF(f, n, cfg.Map)
+		if err != nil {
+			return image{}, err
+		}
+		top, err := p.place(mem)
+		return image{entry: p.entry, end: top, cmdlineMax: cmdlineMax}, err
 	default:
 		return image{}, fmt.Errorf("not a kernel: it looks like %s\ngive a bzImage (Debian: /boot/vmlinuz-*) or an ELF file with a PVH note", looksLike(head))
 	}
+}
+
+// looksLike names the kind of file that begins with head.
+func looksLike(head []byte) string {
+	for _, k := range []struct {
+		off         int
+		magic, name string
+	}{
+		{0x38, "ARM\x64", "an arm64 kernel"},
+		{0, "MZ", "an EFI program"},
+		{0, "\x1f\x8b", "a gzip file"},
+		{0, "\xfd7zXZ", "an xz file"},
+		{0, "\x28\xb5\x2f\xfd", "a zstd file"},
+		{0, "070701", "a cpio archive, perhaps an initrd"},
+		{0, "QFI\xfb", "a qcow2 disk image"},
+		{0, "!<arch>", "an ar archive or Debian package"},
+		{0, "#!", "a script"},
+		{0x1fe, "\x55\xaa", "a disk image"},
+	} {
+		if len(head) > k.off && bytes.HasPrefix(head[k.off:], []byte(k.magic)) {
+			return k.name
+		}
+	}
+	switch {
+	case len(head) == 0:
+		return "an empty file"
+	case utf8.Valid(head) && bytes.IndexByte(head, 0) < 0:
+		return "a text file"
+	}
+	return "nothing known"
 }
 
 func loadInitrd(mem *guestmem.Memory, cfg Config, kernelEnd uint64) (guestmem.Range, error) {
@@ -111,19 +152,15 @@ func loadInitrd(mem *guestmem.Memory, cfg Config, kernelEnd uint64) (guestmem.Ra
 		return guestmem.Range{}, err
 	}
 	defer f.Close()
-	top, floor := min(end(cfg.Map.Low), initrdEnd), max(kernelEnd, legacyEnd)
-	if floor > top || n > top-floor {
-		room := top - min(floor, top)
-		return guestmem.Range{}, fmt.Errorf("its %d bytes do not fit between the kernel's end at %#x and %#x (%d bytes)\ngive the guest at least %d MiB more memory",
-			n, floor, top, room, (n-room+1<<20-1)>>20)
+	if n == 0 {
+		return guestmem.Range{}, errors.New("the file is empty")
+	}
+	top, floor := min(end(cfg.Map.Low), initrdEnd), (max(kernelEnd, legacyEnd)+page-1)&^(page-1)
+	if room := top - min(floor, top); n > room {
+		return guestmem.Range{}, fmt.Errorf("its %d bytes do not fit into the %d between the kernel and %#x\ngive the guest %d MiB more memory",
+			n, room, top, (n-room+1<<20-1)>>20)
 	}
 	r := guestmem.Range{Base: (top - n) &^ (page - 1), Size: n}
-	if r.Base < floor { // less than a page of room was left
-		r.Base = floor
-	}
-	if n == 0 {
-		return r, nil
-	}
 	p, err := mem.Bytes(r.Base, n)
 	if err != nil {
 		return r, err
@@ -133,19 +170,6 @@ func loadInitrd(mem *guestmem.Memory, cfg Config, kernelEnd uint64) (guestmem.Ra
 	}
 	mem.MarkDirty(r.Base, n)
 	return r, nil
-}
-
-func putCmdline(mem *guestmem.Memory, s string, limit uint64) error {
-	if uint64(len(s)) > limit {
-		return fmt.Errorf("pass command line: %d bytes are more than this kernel takes (%d)", len(s), limit)
-	}
-	if strings.IndexByte(s, 0) >= 0 {
-		return errors.New("pass command line: it contains a zero byte")
-	}
-	if _, err := mem.WriteAt(append([]byte(s), 0), cmdlineAddr); err != nil {
-		return fmt.Errorf("pass command line: %w", err)
-	}
-	return nil
 }
 
 // startInfo, memmapEntry and modlistEntry are hvm_start_info version 1, hvm_memmap_table_entry
@@ -166,32 +190,37 @@ type modlistEntry struct{ Addr, Size, CmdlineAddr, _ uint64 }
 
 const startInfoMagic = 0x336ec578 // XEN_HVM_START_MAGIC_VALUE
 
-func putStartInfo(mem *guestmem.Memory, cfg Config, initrd guestmem.Range) error {
+// putBootData writes all that the kernel finds through the start info.
+func putBootData(mem *guestmem.Memory, cfg Config, initrd guestmem.Range) error {
 	var memmap []memmapEntry
 	for _, e := range cfg.Map.E820() {
 		memmap = append(memmap, memmapEntry{Addr: e.Base, Size: e.Size, Type: e.Type})
 	}
 	si := startInfo{
-		Magic: startInfoMagic, Version: 1,
-		CmdlineAddr: cmdlineAddr, RSDPAddr: cfg.RSDP,
+		Magic: startInfoMagic, Version: 1, CmdlineAddr: cmdlineAddr,
 		MemmapAddr: memmapAddr, MemmapEntries: uint32(len(memmap)),
+	}
+	if len(cfg.ACPI) != 0 {
+		si.RSDPAddr = ACPIBase
 	}
 	if initrd.Size != 0 {
 		si.NrModules, si.ModlistAddr = 1, modlistAddr
 	}
-	for _, v := range []struct {
+	for _, d := range []struct {
 		at   int64
 		data any
 	}{
 		{startInfoAddr, si},
 		{memmapAddr, memmap},
 		{modlistAddr, modlistEntry{Addr: initrd.Base, Size: initrd.Size}},
+		{cmdlineAddr, append([]byte(cfg.Cmdline), 0)},
+		{ACPIBase, cfg.ACPI},
 	} {
-		b, err := binary.Append(nil, binary.LittleEndian, v.data)
+		b, err := binary.Append(nil, binary.LittleEndian, d.data)
 		if err != nil {
 			return err
 		}
-		if _, err := mem.WriteAt(b, v.at); err != nil {
+		if _, err := mem.WriteAt(b, d.at); err != nil {
 			return err
 		}
 	}

@@ -59,7 +59,7 @@ type Map struct {
 func Layout(ram uint64, physBits int) (Map, error) {
 	switch {
 	case ram < minRAM || ram > maxRAM:
-		return Map{}, fmt.Errorf("lay out memory: %s of RAM is out of range\nuse 64 MiB to 64 GiB", size(ram))
+		return Map{}, fmt.Errorf("lay out memory: %d bytes of RAM are out of range\nuse 64 MiB to 64 GiB", ram)
 	case ram%page != 0:
 		return Map{}, fmt.Errorf("lay out memory: %d bytes of RAM are not a multiple of 4 KiB", ram)
 	case physBits < 32 || physBits > 52:
@@ -74,8 +74,8 @@ func Layout(ram uint64, physBits int) (Map, error) {
 	base := (end(m.High) + gib - 1) &^ (gib - 1)
 	limit := min(uint64(1)<<physBits, mmio64End)
 	if base+gib > limit {
-		return Map{}, fmt.Errorf("lay out memory: %s of RAM and 1 GiB for 64-bit BARs end at %#x, the CPU's %d address bits at %#x\ngive the guest less memory",
-			size(ram), base+gib, physBits, limit)
+		return Map{}, fmt.Errorf("lay out memory: %d bytes of RAM and 1 GiB for 64-bit BARs end at %#x, but %d address bits at %#x\ngive the guest less memory",
+			ram, base+gib, physBits, limit)
 	}
 	m.MMIO64 = guestmem.Range{Base: base, Size: limit - base}
 	return m, nil
@@ -123,13 +123,3 @@ func (m Map) E820() []MemRange {
 }
 
 func end(r guestmem.Range) uint64 { return r.Base + r.Size }
-
-// size prints a number of bytes in the largest unit that needs no fraction.
-func size(n uint64) string {
-	units := []string{"bytes", "KiB", "MiB", "GiB"}
-	i := 0
-	for ; i < len(units)-1 && n != 0 && n%1024 == 0; i++ {
-		n /= 1024
-	}
-	return fmt.Sprintf("%d %s", n, units[i])
-}
