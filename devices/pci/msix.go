@@ -35,9 +35,9 @@ type MSIX struct {
 	messages []devices.MSI
 }
 
-// AddMSIX adds the capability to c, with n vectors (1 to 2048) from src, all masked. Table
-// and pba are offsets in BAR number barIndex, multiples of 8. The caller puts the MSIX into
-// that BAR at [MSIX.Window], and closes it.
+// AddMSIX adds the capability to c, with n vectors (1 to 2048) from src, which come masked.
+// Table and pba are offsets in BAR number barIndex, multiples of 8. The caller puts the MSIX
+// into that BAR at [MSIX.Window], and closes it.
 func AddMSIX(c *Config, barIndex int, table, pba uint32, n int, src devices.VectorSource) (*MSIX, error) {
 	fail := func(cause string) (*MSIX, error) {
 		return nil, fmt.Errorf("add MSI-X to %s: %s", c.id, cause)

@@ -30,8 +30,12 @@ type RootComplex struct {
 }
 
 // NewRootComplex returns a root complex whose bus pcie.0 has a host bridge at 00.0. BARs
-// are mapped on mmio; the caller inserts the RootComplex itself there, at layout.ECAM.
+// are mapped on mmio; the caller inserts the RootComplex itself there, at layout.ECAM. Log,
+// which may be nil, hears of each function whose BARs are in conflict, once.
 func NewRootComplex(mmio *devices.Bus, layout Layout, log *slog.Logger) *RootComplex {
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
 	rc := &RootComplex{mmio: mmio, layout: layout, log: log}
 	rc.root = &Bus{ID: "pcie.0", rc: rc, fns: make([]Function, 32*8)}
 	if err := rc.root.Add(0, 0, newHostBridge()); err != nil {
@@ -236,10 +240,10 @@ func (b *bar) tell(base uint64, on bool) {
 	}
 }
 
-// report logs the first error that the guest caused on a function. Later ones are of no
-// more use, and a guest must not be able to fill the log.
+// report logs the first error that the guest met on a function. Later ones are of no more
+// use, and a guest must not be able to fill the log.
 func (at *place) report(err error) {
 	if at.reported.CompareAndSwap(false, true) {
-		at.bus.rc.log.Warn("PCI function misconfigured by the guest", "id", at.fn.Config().id, "error", err)
+		at.bus.rc.log.Warn("PCI function impaired", "id", at.fn.Config().id, "error", err)
 	}
 }

@@ -1,0 +1,103 @@
+package pci
+
+import (
+	"bytes"
+	"testing"
+
+	"baton/devices"
+)
+
+// FuzzConfigSpace is a guest that writes anything anywhere: BARs over each other, windows,
+// bus numbers, resets, with any width and alignment.
+func FuzzConfigSpace(f *testing.F) {
+	f.Add([]byte{0, 0x50, 4, 2, 0x13, 0, 0, 0, 0xd0})                        // a BAR moves
+	f.Add([]byte{1, 0x18, 3, 0, 1, 1, 1, 0x20, 4, 0, 0, 0xf0, 0xff})         // bus numbers, window
+	f.Add([]byte{2, 0x4, 2, 2, 0, 2, 0x10, 8, 0, 0, 0, 0xc0, 0, 0, 0, 0xc0}) // enabled, then two BARs
+	f.Add([]byte{3, 0x48, 2, 0x10, 0xa8, 1, 0x3e, 2, 0x40, 0})               // FLR, secondary reset
+	f.Fuzz(func(t *testing.T, ops []byte) {
+		m := newMachine(t, testLayout)
+		p1 := m.addPort(t, 1, 0, RootPortConfig{ID: "root1"})
+		p2 := m.addPort(t, 2, 0, RootPortConfig{ID: "root2"})
+		fns := []*fakeFunction{newFunction(t, "f", mib), newFunction(t, "g", 64*kib), newFunction(t, "h", 0)}
+		fns[2].setBAR(t, 1, BAR{Size: 64 * kib, Device: marker(1)})
+		fns[2].setBAR(t, 2, BAR{Size: 64 * kib, Device: marker(2)})
+		add(t, p1.Secondary(), 0, 0, fns[0])
+		add(t, p2.Secondary(), 0, 0, fns[1])
+		add(t, m.Root(), 3, 0, fns[2])
+		m.assign(t)
+		targets := []Function{p1, p2, fns[0], fns[1], fns[2]}
+		for n := 0; len(ops) >= 3 && n < 64; n++ {
+			target, off, width := targets[int(ops[0])%len(targets)], uint64(ops[1]), int(ops[2]%17)
+			if ops[0] >= 0xf0 {
+				off += configSize - 8 // around the end
+			}
+			ops = ops[3:]
+			data := make([]byte, width)
+			ops = ops[copy(data, ops):]
+			at := target.Config().at.Load()
+			ecam := uint64(at.bus.number())<<20 | uint64(at.devfn)<<12 + off
+			m.Write(ecam, data)
+			a, b := bytes.Repeat([]byte{0x5a}, width), bytes.Repeat([]byte{0xa5}, width)
+			m.Read(ecam, a)
+			if m.Read(ecam, b); !bytes.Equal(a, b) {
+				t.Fatalf("read of %d at %#x does not fill: % x, % x", width, ecam, a, b)
+			}
+			checkInvariants(t, m, targets)
+		}
+		if err := m.Reset(); err != nil {
+			t.Fatal(err)
+		}
+		checkAssigned(t, m)
+	})
+}
+
+// checkInvariants compares the memory bus with what the registers say.
+func checkInvariants(t *testing.T, m *machine, all []Function) {
+	t.Helper()
+	claims, mapped := m.claims(), 0
+	var end uint64
+	m.mmio.Walk(func(r devices.Range, name string) {
+		if r.Base < end {
+			t.Fatalf("%s at %v overlaps what is before", name, r)
+		}
+		end = r.End()
+	})
+	for _, f := range all {
+		c := f.Config()
+		if id := c.Uint16(0); id != 0x1af4 && id != 0x1b36 {
+			t.Fatalf("vendor of %s is %#x", c.id, id)
+		}
+		for _, b := range c.bars {
+			if b == nil {
+				continue
+			}
+			r, on := claims[b.name]
+			delete(claims, b.name)
+			at := c.address(b)
+			want := c.at.Load().bus.passes(c, devices.Range{Base: at, Size: b.Size})
+			if on && (!want || r.Base != at || r.Size != b.Size || !within(r, m.layout.MMIO32) && !within(r, m.layout.MMIO64)) {
+				t.Fatalf("%s is at %v; the register says %#x, visible %v", b.name, r, at, want)
+			}
+			if !on && want && !overlapsAny(m, devices.Range{Base: at, Size: b.Size}) {
+				t.Fatalf("%s should be at %#x and nothing is in its way", b.name, at)
+			}
+			if fake, ok := f.(*fakeFunction); ok && on {
+				mapped++
+				if fake.mapped[at] != b.name {
+					t.Fatalf("%s is at %v, but Mapped was told %v", b.name, r, fake.mapped)
+				}
+			}
+		}
+		if fake, ok := f.(*fakeFunction); ok {
+			mapped -= len(fake.mapped)
+		}
+	}
+	if len(claims) != 0 || mapped != 0 {
+		t.Fatalf("claims %v belong to nobody; %d more mapped than told", claims, mapped)
+	}
+}
+
+func overlapsAny(m *machine, r devices.Range) (yes bool) {
+	m.mmio.Walk(func(o devices.Range, _ string) { yes = yes || o.Overlaps(r) })
+	return yes
+}
