@@ -342,6 +342,7 @@ func TestAssignErrors(t *testing.T) {
 	low.setBAR(t, 1, BAR{Size: 16 * mib, Device: marker(1)})
 	add(t, m.Root(), 2, 0, low)
 	add(t, m.Root(), 3, 2, newFunction(t, "lost", 0))
+	m.write32(NewBDF(0, 2, 0), regBAR+4, 0xd000_0000)
 	err := m.Assign()
 	wantError(t, err, "the 64-bit window of 64 MiB has no room for the window of root1 with big BAR 4 (131072 KiB)",
 		"the 32-bit window of 8 MiB has no room for low BAR 1 (16384 KiB)", "lost is in slot 3 of bus pcie.0, which has no function 0\n")

@@ -103,14 +103,15 @@ func TestRemove(t *testing.T) {
 	if len(f.mapped) != 2 {
 		t.Fatalf("mapped %v", f.mapped)
 	}
+	p.c.update16(p.c.pcie+pcieSlotStatus, slotStatusLinkEvent, slotStatusLinkEvent)
 	if err := p.Secondary().Remove(f); err != nil {
 		t.Fatal(err)
 	}
 	if got := m.read32(a, 0); got != ^uint32(0) || len(f.mapped) != 0 {
 		t.Errorf("vendor %#x, mapped %v after removal", got, f.mapped)
 	}
-	if got := m.read16(NewBDF(0, 1, 0), p.c.pcie+pcieSlotStatus); got&slotStatusPresent != 0 {
-		t.Errorf("slot status %#x after removal", got)
+	if got := m.read16(NewBDF(0, 1, 0), p.c.pcie+pcieSlotStatus); got != slotStatusLinkEvent {
+		t.Errorf("slot status %#x after removal, want the event alone", got)
 	}
 	f.c.Write(regCommand, []byte{0, 0}) // an access that was under way
 	wantError(t, p.Secondary().Remove(f), "it is not on bus root1")

@@ -144,6 +144,17 @@ func TestBridgeWindows(t *testing.T) {
 	if len(start) != 3 {
 		t.Fatalf("claims %v", start)
 	}
+	mem, _ := p.c.windows()
+	for _, x := range []struct {
+		addr uint64
+		on   bool
+	}{{mem.Base - 4*kib, false}, {mem.Base, true}, {mem.End() - 4*kib, true}, {mem.End(), false}} {
+		m.write32(fa, regBAR, uint32(x.addr))
+		if _, on := m.claims()["f BAR 0"]; on != x.on {
+			t.Errorf("BAR 0 at %#x mapped %v, want %v; the window is %v", x.addr, on, x.on, mem)
+		}
+	}
+	m.write32(fa, regBAR, uint32(start["f BAR 0"].Base))
 	for _, x := range []struct {
 		what      string
 		off       int
