@@ -122,7 +122,6 @@ const (
 	CapTSCDeadlineTimer       Cap = 72
 	CapSignalMSI              Cap = 77
 	CapReadonlyMem            Cap = 81
-	CapIRQFDResample          Cap = 82
 	CapSplitIRQChip           Cap = 121
 	CapIOEventFDAnyLength     Cap = 122
 	CapImmediateExit          Cap = 136
@@ -179,10 +178,7 @@ type irqfd struct { // kvm_irqfd
 	_                          [16]uint8
 }
 
-const (
-	irqfdDeassign = 1 << 0 // KVM_IRQFD_FLAG_DEASSIGN
-	irqfdResample = 1 << 1 // KVM_IRQFD_FLAG_RESAMPLE
-)
+const irqfdDeassign = 1 << 0 // KVM_IRQFD_FLAG_DEASSIGN
 
 type ioeventfd struct { // kvm_ioeventfd
 	match, addr uint64
@@ -223,6 +219,12 @@ type dirtyGFN struct { // kvm_dirty_gfn
 	flags, slot uint32
 	offset      uint64
 }
+
+// Bits of CapManualDirtyLogProtect2, KVM_DIRTY_LOG_*.
+const (
+	manualProtect = 1 << 0 // KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
+	initiallySet  = 1 << 1 // KVM_DIRTY_LOG_INITIALLY_SET
+)
 
 const (
 	dirtyGFNDirty      = 1 << 0 // KVM_DIRTY_GFN_F_DIRTY
@@ -287,6 +289,18 @@ type exitInternal struct {
 	suberror, n uint32
 	data        [16]uint64
 }
+
+// Suberrors, KVM_INTERNAL_ERROR_*.
+const (
+	internalEmulation  = 1
+	internalSimulEx    = 2
+	internalDelivery   = 3
+	internalExitReason = 4
+)
+
+// insnOffset is emulation_failure.insn_size, which insn_bytes[15] follow. The structure
+// overlays exitInternal; bit 0 of its flags, data[0], says that it is there.
+const insnOffset = 16
 
 type exitSystemEvent struct {
 	kind, n uint32

@@ -2,6 +2,7 @@ package kvm
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -121,13 +122,13 @@ type InternalError struct {
 func (e *InternalError) Error() string {
 	var b strings.Builder
 	switch e.Suberror {
-	case 1:
+	case internalEmulation:
 		b.WriteString("kvm cannot emulate an instruction of the guest")
-	case 2:
+	case internalSimulEx:
 		b.WriteString("kvm met exceptions that cannot occur together")
-	case 3:
+	case internalDelivery:
 		b.WriteString("kvm met an exit while it delivered an event")
-	case 4:
+	case internalExitReason:
 		b.WriteString("kvm met an exit reason that it does not know")
 	default:
 		fmt.Fprintf(&b, "kvm internal error %d", e.Suberror)
@@ -144,12 +145,10 @@ func (e *InternalError) Error() string {
 func (v *VCPU) InternalError() *InternalError {
 	e := exitAs[exitInternal](v.run)
 	n := min(int(e.n), len(e.data))
-	i := &InternalError{Suberror: e.suberror, Data: append([]uint64(nil), e.data[:n]...)}
-	// KVM_INTERNAL_ERROR_EMULATION overlays data with flags, insn_size and insn_bytes[15].
-	if e.suberror == 1 && n >= 3 && e.data[0]&1 != 0 {
-		const insn = 8 + 8 // behind suberror, n and flags
-		size := min(int(v.run.exit[insn]), 15)
-		i.Insn = append([]byte(nil), v.run.exit[insn+1:insn+1+size]...)
+	i := &InternalError{Suberror: e.suberror, Data: slices.Clone(e.data[:n])}
+	if e.suberror == internalEmulation && n >= 3 && e.data[0]&1 != 0 {
+		bytes := v.run.exit[insnOffset+1:]
+		i.Insn = slices.Clone(bytes[:min(v.run.exit[insnOffset], 15)])
 	}
 	return i
 }

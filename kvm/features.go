@@ -38,7 +38,6 @@ var features = []Feature{
 	{"KVM_CAP_SREGS2", CapSregs2, "5.14", "registers of the vCPU", needed, false, 0},
 	{"KVM_CAP_TSC_DEADLINE_TIMER", CapTSCDeadlineTimer, "3.3", "without it the guest's timers use the slower LAPIC counter", optional, false, 0},
 	{"KVM_CAP_READONLY_MEM", CapReadonlyMem, "3.7", "ROM of passed-through devices", optional, false, 0},
-	{"KVM_CAP_IRQFD_RESAMPLE", CapIRQFDResample, "3.8", "INTx of passed-through devices", optional, false, 0},
 	{"KVM_CAP_IOEVENTFD_ANY_LENGTH", CapIOEventFDAnyLength, "4.4", "faster doorbells", optional, false, 0},
 	{"KVM_CAP_TSC_CONTROL", CapTSCControl, "2.6.39", "needs TSC scaling in the CPU; without it a guest migrates only between hosts of one TSC frequency", optional, false, 0},
 	{"KVM_CAP_GET_MSR_FEATURES", CapGetMSRFeatures, "4.17", "check of the CPUs before a migration", optional, false, 0},
@@ -48,12 +47,13 @@ var features = []Feature{
 	{"KVM_CAP_XSAVE2", CapXSave2, "5.17", "migration of AMX state", optional, false, 0},
 }
 
-// Features probes what the machine uses, the needed ones first.
+// Features probes what the machine uses, the needed ones first. Supported means that it can be
+// relied upon: kvm_pvm has a dirty ring, but writes on when it is full.
 func (s *System) Features() []Feature {
 	list := make([]Feature, len(features))
 	for i, f := range features {
 		f.Value = s.CheckExtension(f.Cap)
-		f.Supported = f.Value > 0
+		f.Supported = f.Value > 0 && !(f.Cap == CapDirtyLogRing && s.Kind() == PVM)
 		list[i] = f
 	}
 	return list

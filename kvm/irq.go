@@ -2,6 +2,9 @@ package kvm
 
 import (
 	"fmt"
+	"slices"
+
+	"golang.org/x/sys/unix"
 )
 
 // EnableSplitIRQChip puts the LAPICs into the kernel and leaves the IOAPIC to userspace.
@@ -19,20 +22,25 @@ type Route struct {
 	Data uint32
 }
 
-// SetRoutes replaces all routes, at most 4096. A GSI without one is silent.
+// SetRoutes replaces all routes: at most one per GSI, GSIs below 4096. A GSI without one is
+// silent.
 func (vm *VM) SetRoutes(routes []Route) error {
-	vm.mu.Lock()
-	defer vm.mu.Unlock()
 	if len(routes) > maxRoutes {
 		return fmt.Errorf("set routes: %d, more than %d", len(routes), maxRoutes)
 	}
+	l := new(irqRouting)
 	for i, r := range routes {
-		vm.routing.entries[i] = irqRoutingEntry{gsi: r.GSI, kind: irqRoutingMSI,
+		l.entries[i] = irqRoutingEntry{gsi: r.GSI, kind: irqRoutingMSI,
 			addrLo: uint32(r.Addr), addrHi: uint32(r.Addr >> 32), data: r.Data}
 	}
-	vm.routing.n = uint32(len(routes))
-	_, err := ioctl(vm.fd, kvmSetGSIRouting, &vm.routing)
-	return err
+	l.n = uint32(len(routes))
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	if _, err := ioctl(vm.fd, kvmSetGSIRouting, l); err != nil {
+		return fmt.Errorf("set %d routes: %w", len(routes), err)
+	}
+	vm.routes = slices.Clone(routes)
+	return nil
 }
 
 // SignalMSI delivers a message at once: Intel SDM vol. 3, 11.11.
@@ -46,15 +54,39 @@ func (vm *VM) IRQFD(fd int, gsi uint32) error {
 	return vm.irqfd(irqfd{fd: uint32(fd), gsi: gsi})
 }
 
-// IRQFDResample is IRQFD for a level-triggered pin of the split irqchip: fd raises it, and
-// when the guest ends the interrupt, it falls and resample is signalled.
+// IRQFDResample is IRQFD for a level-triggered pin: when the guest has ended the interrupt,
+// EndOfInterrupt signals the eventfd resample, on which the device looks at its line again
+// and signals fd if it is still high. KVM_IRQFD_FLAG_RESAMPLE would do it in the kernel, but
+// only for the kernel's own IOAPIC.
 func (vm *VM) IRQFDResample(fd, resample int, gsi uint32) error {
-	return vm.irqfd(irqfd{fd: uint32(fd), gsi: gsi, flags: irqfdResample, resampleFD: uint32(resample)})
+	if err := vm.IRQFD(fd, gsi); err != nil {
+		return err
+	}
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	vm.resample[gsi] = resample
+	return nil
 }
 
 // RemoveIRQFD undoes IRQFD and IRQFDResample; it waits for deliveries under way.
 func (vm *VM) RemoveIRQFD(fd int, gsi uint32) error {
+	vm.mu.Lock()
+	delete(vm.resample, gsi)
+	vm.mu.Unlock()
 	return vm.irqfd(irqfd{fd: uint32(fd), gsi: gsi, flags: irqfdDeassign})
+}
+
+// EndOfInterrupt passes on what ExitIOAPICEOI reported: it signals the resample eventfds of
+// all GSIs whose route has the vector.
+func (vm *VM) EndOfInterrupt(vector uint8) {
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	one := [8]byte{1} // the counter that is added, native byte order
+	for _, r := range vm.routes {
+		if fd, ok := vm.resample[r.GSI]; ok && uint8(r.Data) == vector {
+			_, _ = unix.Write(fd, one[:]) // fails only when the counter is full, so signalled
+		}
+	}
 }
 
 func (vm *VM) irqfd(a irqfd) error {

@@ -24,7 +24,7 @@ const pageSize = 4096
 
 // SetMemory maps host at guest-physical address gpa as memory slot, or changes the flags
 // of a slot that is mapped so already. Host must be a mapping (not Go's heap), whole
-// pages, and stay mapped until RemoveMemory.
+// pages, and stay mapped until RemoveMemory. MemReadonly cannot change while it is.
 func (vm *VM) SetMemory(slot uint32, gpa uint64, host []byte, flags MemFlags) error {
 	if len(host) == 0 {
 		return fmt.Errorf("set memory slot %d: no memory", slot)
@@ -49,9 +49,8 @@ func (vm *VM) setMemory(r userMemoryRegion) error {
 // protected again only by ClearDirtyLog, in pieces. Where the kernel can (Linux 5.7), a
 // log that starts then reports every page and protects none, which spares a stall.
 func (vm *VM) EnableManualDirtyLog() error {
-	const enable, initiallySet = 1, 2 // KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_DIRTY_LOG_INITIALLY_SET
-	flags := vm.CheckExtension(CapManualDirtyLogProtect2) & (enable | initiallySet)
-	return vm.enableCap(CapManualDirtyLogProtect2, uint64(flags|enable))
+	flags := vm.CheckExtension(CapManualDirtyLogProtect2) & initiallySet
+	return vm.enableCap(CapManualDirtyLogProtect2, uint64(flags|manualProtect))
 }
 
 // GetDirtyLog writes the slot's log to bitmap, bit 0 of word 0 being the slot's first

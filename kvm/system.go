@@ -108,5 +108,5 @@ func (s *System) CreateVM() (*VM, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &VM{sys: s, fd: fd, slots: map[uint32]uint64{}}, nil
+	return &VM{sys: s, fd: fd, slots: map[uint32]uint64{}, resample: map[uint32]int{}}, nil
 }

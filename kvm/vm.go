@@ -15,8 +15,9 @@ type VM struct {
 
 	mu       sync.Mutex
 	slots    map[uint32]uint64 // pages per memory slot
-	routing  irqRouting
-	ringSize int // bytes per vCPU, 0: no ring
+	routes   []Route
+	resample map[uint32]int // eventfds by GSI
+	ringSize int            // bytes per vCPU, 0: no ring
 }
 
 // Close drops the handle. The kernel frees the VM when its vCPUs and the devices that
