@@ -98,18 +98,23 @@ func (r *RTC) Write(off uint64, p []byte) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	writeBytes(off, p, func(reg uint64, v byte) {
-		if reg == 0 {
+		switch reg {
+		case 0:
 			r.index = v & 0x7f // bit 7 masks NMIs on a PC
-			return
+		case 1:
+			r.write(v)
 		}
-		switch r.index {
-		case rtcA:
-			v &^= rtcAUIP
-		case rtcB:
-			v |= rtcB24Hour
-		case rtcC, rtcD:
-			return
-		}
-		r.ram[r.index] = v
 	})
+}
+
+func (r *RTC) write(v byte) {
+	switch r.index {
+	case rtcA:
+		v &^= rtcAUIP
+	case rtcB:
+		v |= rtcB24Hour
+	case rtcC, rtcD:
+		return
+	}
+	r.ram[r.index] = v
 }
