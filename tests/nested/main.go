@@ -172,7 +172,7 @@ func (e env) shell(ctx context.Context) (int, error) {
 	cols, rows, _ := term.GetSize(fd)
 	say("nested host: the repository is here, as a copy: what you write stays in this shell\r")
 	x, err := m.run(ctx, proto.Command{
-		Argv: []string{"bash"}, Dir: e.repo, Env: environ(`PS1=nested:\w\$ `), TTY: true, Rows: uint16(rows), Cols: uint16(cols),
+		Argv: []string{"bash"}, Dir: e.repo, Env: environ(), TTY: true, Rows: uint16(rows), Cols: uint16(cols),
 	}, os.Stdout, os.Stderr)
 	return x.Code, err
 }

@@ -67,6 +67,7 @@ func (s *setup) enterRoot() error {
 	if err := os.Chdir("/"); err != nil {
 		return err
 	}
+	s.check("host name", unix.Sethostname([]byte("nested")))
 	s.mount("devpts", "/dev/pts", "devpts", 0, "mode=620,ptmxmode=666")
 	s.mount("tmpfs", "/dev/shm", "tmpfs", 0, "mode=1777")
 	s.mount("tmpfs", "/run", "tmpfs", 0, "mode=755")
