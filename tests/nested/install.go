@@ -182,7 +182,7 @@ func addBackports(etc, codename string) error {
 func deriveOneLine(text, codename string) (entry string, have bool) {
 	for line := range strings.Lines(text) {
 		f := strings.Fields(line)
-		if len(f) == 0 || f[0] != "deb" {
+		if len(f) < 4 || f[0] != "deb" {
 			continue
 		}
 		i := 1
