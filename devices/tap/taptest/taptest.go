@@ -13,6 +13,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Thread moves the test's goroutine to a thread of its own in new namespaces (CLONE_NEW*).
+// It skips the test where there are no rights.
+func Thread(t testing.TB, namespaces int) {
+	t.Helper()
+	runtime.LockOSThread() // and never unlock: the runtime ends the thread with the goroutine
+	if err := unix.Unshare(namespaces); err != nil {
+		t.Skipf("no new namespaces (%#x): %v", namespaces, err)
+	}
+}
+
 // EtherType marks the tests' frames: local experimental 1 of IEEE 802.
 const EtherType = 0x88b5
 
@@ -23,10 +33,7 @@ func Netns(t testing.TB) {
 	if _, err := os.Stat("/dev/net/tun"); err != nil {
 		t.Skipf("no TUN driver: %v", err)
 	}
-	runtime.LockOSThread() // and never unlock: the runtime ends the thread with the goroutine
-	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-		t.Skipf("no network namespace: %v", err)
-	}
+	Thread(t, unix.CLONE_NEWNET)
 	// The kernel would send neighbour and router discovery on every interface.
 	_ = os.WriteFile("/proc/sys/net/ipv6/conf/default/disable_ipv6", []byte("1"), 0)
 }
