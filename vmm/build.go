@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -15,13 +16,16 @@ import (
 	"baton/devices/vhost"
 	"baton/devices/virtio"
 	"baton/devices/virtio/blk"
+	"baton/devices/virtio/console"
 	"baton/devices/virtio/net"
+	"baton/devices/virtio/rng"
 )
 
 // builder turns the -device options of a command line into functions on buses.
 type builder struct {
 	*Machine
 	ctx   context.Context
+	ports map[string][]console.Port // of each virtio-serial-pci, by the name of its bus
 }
 
 // builders has one entry for each PCI driver of the driver table.
@@ -29,13 +33,17 @@ var builders = map[string]func(*builder, *Device) (pci.Function, error){
 	"pcie-root-port":    (*builder).rootPort,
 	"virtio-net-pci":    (*builder).virtioNet,
 	"virtio-blk-pci":    (*builder).virtioBlk,
+	"virtio-serial-pci": (*builder).virtioSerial,
+	"virtio-rng-pci":    (*builder).virtioRNG,
 }
 
 // build makes all devices. Each one is tried, so that all errors are seen at once.
 func (b *builder) build() error {
 	var errs []error
+	b.ports = make(map[string][]console.Port)
 	for i := range b.cfg.Devices {
 		if d := &b.cfg.Devices[i]; builders[d.Driver] == nil {
+			errs = append(errs, b.consolePort(d))
 		}
 	}
 	for i := range b.cfg.Devices {
@@ -97,6 +105,7 @@ func (b *builder) transport(d *Device, dev virtio.Device) (pci.Function, error) 
 		Mem:           b.mem,
 		Vectors:       b.irq,
 		Doorbells:     doorbells{b.kvm},
+		FeaturesOff:   d.FeaturesOff(),
 		Multifunction: d.Bool("multifunction"),
 		Log:           b.log,
 	})
@@ -120,6 +129,45 @@ func (b *builder) virtioBlk(d *Device) (pci.Function, error) {
 	})
 	if err != nil {
 		return nil, errors.Join(err, disk.Close())
+	}
+	return b.transport(d, dev)
+}
+
+func (b *builder) virtioRNG(d *Device) (pci.Function, error) { return b.transport(d, rng.New()) }
+
+// consolePort opens the chardev of a virtconsole or virtserialport for its carrier.
+func (b *builder) consolePort(d *Device) error {
+	port, err := b.openChar(b.ctx, d.String(), b.cfg.Chardev(d.Text("chardev")).Spec)
+	if err != nil {
+		return err
+	}
+	p := console.Port{Console: d.Driver == "virtconsole", Name: d.Text("name"), Backend: port}
+	if d.Given("nr") {
+		p.Number = int(d.Uint("nr"))
+	} else {
+		p.Number = b.freePort(d.Bus, p.Console)
+	}
+	b.ports[d.Bus] = append(b.ports[d.Bus], p)
+	return nil
+}
+
+// freePort is the first port number of a carrier that is not taken. Number 0 is for a
+// console only: guests expect one there.
+func (b *builder) freePort(bus string, isConsole bool) int {
+	n := 1
+	if isConsole {
+		n = 0
+	}
+	for slices.ContainsFunc(b.ports[bus], func(p console.Port) bool { return p.Number == n }) {
+		n++
+	}
+	return n
+}
+
+func (b *builder) virtioSerial(d *Device) (pci.Function, error) {
+	dev, err := console.New(b.ports[d.ID+".0"])
+	if err != nil {
+		return nil, err
 	}
 	return b.transport(d, dev)
 }

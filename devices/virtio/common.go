@@ -75,7 +75,7 @@ func (p *PCI) common(off uint64) uint32 {
 	case regDeviceFeatureSelect:
 		return p.deviceSelect
 	case regDeviceFeature:
-		return half(p.dev.Features(), p.deviceSelect)
+		return half(p.features(), p.deviceSelect)
 	case regDriverFeatureSelect:
 		return p.driverSelect
 	case regDriverFeature:
@@ -171,6 +171,9 @@ func area(q *Queue, off uint64) *uint64 {
 	return &q.Used
 }
 
+// features are the bits that the driver may choose from.
+func (p *PCI) features() uint64 { return p.dev.Features() &^ p.o.FeaturesOff }
+
 // half is bits 0 to 31 (0) or 32 to 63 (1) of v.
 func half(v uint64, which uint32) uint32 {
 	if which > 1 {
@@ -204,7 +207,7 @@ func (p *PCI) setStatus(v uint32) {
 	was := p.status.Load()
 	v &= statusDriverBits
 	f := p.driverFeatures
-	if f&^p.dev.Features() != 0 || f&FeatureVersion1 == 0 {
+	if f&^p.features() != 0 || f&FeatureVersion1 == 0 {
 		v &^= statusFeaturesOK // the driver reads back that its choice is refused
 	}
 	now := p.status.Or(v) | v

@@ -72,6 +72,8 @@ type PCIOptions struct {
 	Doorbells     devices.Doorbells
 	Log           *slog.Logger
 	Multifunction bool
+	// FeaturesOff are feature bits of the device that the driver is not to be offered.
+	FeaturesOff uint64
 }
 
 // PCI is the virtio-pci transport (4.1), non-transitional, for one device. It implements
