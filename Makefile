@@ -1,0 +1,87 @@
+# baton: what there is to do here. `make` lists it.
+
+GO       ?= go
+CACHE    := $(CURDIR)/.cache
+NESTED   := $(CACHE)/bin/nested
+FUZZTIME ?= 3s
+LIMIT    ?= 15m
+
+# Packages that need the host under test, and those that this machine can test by itself.
+# kvm/ runs in both: here against this machine's KVM, if it has one, there against kvm_amd.
+SUITES = ./tests/suites/... ./kvm/...
+LOCAL  = $$($(GO) list ./... | grep -vE '^baton/tests/(suites|bench)(/|$$)')
+
+export CGO_ENABLED ?= 0
+.DEFAULT_GOAL := help
+.PHONY: help build install test test-long demo bench images lint fuzz nested clean \
+	test-local test-images test-suites FORCE
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r t d; do printf '  make %-10s %s\n' "$$t" "$$d"; done
+
+build: ## build ./baton, static
+	$(GO) build -trimpath -o baton .
+
+test: ## all checks: lint, unit tests under the race detector, suites in the nested host, fuzz targets
+	@start=$$(date +%s); \
+	for stage in install lint test-local images test-images test-suites fuzz; do \
+		echo "== $$stage"; \
+		$(MAKE) --no-print-directory $$stage || { echo "make test: FAILED in $$stage, see above"; exit 1; }; \
+	done; \
+	echo "make test: all is well: lint; $$(cat $(CACHE)/local.txt); $$(cat $(CACHE)/suites.txt); $$(cat $(CACHE)/fuzz.txt); $$(($$(date +%s) - start)) s"
+
+test-long: ## the same with long fuzzing and the suites' long forms
+	@BATON_LONG=1 $(MAKE) --no-print-directory test FUZZTIME=60s LIMIT=60m
+
+demo: $(NESTED) images ## boot a stock Debian kernel on baton in the nested host: its PCIe tree, its disk, a ping
+	@if [ -t 0 ]; then $(NESTED) shell tests/demo/demo.sh; else $(NESTED) exec -- tests/demo/demo.sh; fi
+
+bench: $(NESTED) images ## compare with QEMU, in the nested host
+	@$(NESTED) run -limit 60m -out $(CACHE)/bench -json $(CACHE)/bench.json ./tests/bench/...
+
+images: ## build the guests' initramfs images into .cache/images
+	@cd guest-images && $(GO) run . test demo
+
+lint: $(CACHE)/bin/staticcheck ## gofmt, vet, staticcheck, import arrows
+	@files=$$(git ls-files -co --exclude-standard '*.go' | xargs gofmt -l); [ -z "$$files" ] || { echo "not formatted: $$files"; exit 1; }
+	@$(GO) vet ./...
+	@cd guest-images && $(GO) vet ./...
+	@$(CACHE)/bin/staticcheck ./...
+	@cd guest-images && $(CACHE)/bin/staticcheck ./...
+	@$(GO) test -count=1 ./tests/lint
+
+fuzz: ## run every fuzz target for FUZZTIME
+	@n=0; for pkg in $$(git grep -lE '^func Fuzz' -- '*_test.go' | grep -v ^guest-images/ | xargs -n1 dirname | sort -u); do \
+		for f in $$($(GO) test -list '^Fuzz' ./$$pkg | grep '^Fuzz'); do \
+			echo "fuzz  $$pkg $$f"; \
+			$(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) ./$$pkg > $(CACHE)/fuzz.log 2>&1 || { cat $(CACHE)/fuzz.log; exit 1; }; \
+			n=$$((n + 1)); \
+		done; \
+	done; echo "$$n fuzz targets ran for $(FUZZTIME) each" | tee $(CACHE)/fuzz.txt
+
+nested: $(NESTED) images ## a shell in the nested host
+	@$(NESTED) shell
+
+clean: ## remove what was built
+	rm -rf $(CACHE) baton
+
+install: $(NESTED)
+	@$(NESTED) install
+
+test-local: $(NESTED)
+	@$(NESTED) local -limit $(LIMIT) -json $(CACHE)/local.json -summary $(CACHE)/local.txt $(LOCAL)
+
+test-images:
+	@cd guest-images && $(GO) test ./...
+
+test-suites: $(NESTED)
+	@$(NESTED) run -limit $(LIMIT) -json $(CACHE)/suites.json -summary $(CACHE)/suites.txt $(SUITES)
+
+# The go command knows what has changed.
+$(NESTED): FORCE
+	@mkdir -p $(@D)
+	@$(GO) build -o $@ ./tests/nested
+
+$(CACHE)/bin/staticcheck: tools/go.mod
+	@mkdir -p $(@D)
+	@cd tools && $(GO) build -o $@ honnef.co/go/tools/cmd/staticcheck
