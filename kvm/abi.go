@@ -138,10 +138,10 @@ const (
 type listHeader struct{ n, _ uint32 }
 
 // Room in the lists that go to and come from the kernel; its own limits are
-// KVM_MAX_CPUID_ENTRIES, MAX_IO_MSRS and KVM_MAX_IRQ_ROUTES.
+// KVM_MAX_CPUID_ENTRIES, less than MAX_IO_MSRS, and KVM_MAX_IRQ_ROUTES.
 const (
 	maxCPUID  = 256
-	maxMSRs   = 256
+	maxMSRs   = 255
 	maxRoutes = 4096
 )
 

@@ -30,8 +30,7 @@ const (
 	guestDirty   = codeBase + 0x0a0
 	guestHalt    = codeBase + 0x0c0
 	guestHandler = codeBase + 0x100
-	guestXState  = codeBase + 0x130
-	guestFault   = codeBase + 0x140
+	guestFault   = codeBase + 0x130
 )
 
 // Guest-physical memory of the tests.
@@ -40,7 +39,7 @@ const (
 	gdtBase  = 0x3000 // 8: code, 0x10: data
 	stackTop = 0x8000
 	dataBase = 0x100000
-	ramSize  = 4 << 20
+	ramSize  = 8 << 20
 	ramSlot  = 0
 	mmioBase = 0x10000000 // in no slot
 )
@@ -67,8 +66,8 @@ func openKVM(t testing.TB) *System {
 	return s
 }
 
-// newGuest makes a machine whose vCPU is about to run at rip; prepare gets the VM before it has a
-// vCPU.
+// newGuest makes a machine whose vCPU is about to run at rip; prepare gets the VM before it
+// has a vCPU.
 func newGuest(t testing.TB, rip uint64, prepare ...func(*VM)) *guest {
 	t.Helper()
 	g := &guest{sys: openKVM(t)}
@@ -150,7 +149,8 @@ func (g *guest) detail(r ExitReason) string {
 	return ""
 }
 
-// onThread runs f as a vCPU's goroutine, on a thread of its own, and returns a channel that closes at its end.
+// onThread runs f as a vCPU's goroutine, on a thread of its own, and returns a channel that
+// closes at its end.
 func onThread(f func()) <-chan struct{} {
 	done := make(chan struct{})
 	go func() {
@@ -168,6 +168,16 @@ func await(t testing.TB, what string, c <-chan struct{}) {
 	case <-c:
 	case <-time.After(20 * time.Second):
 		t.Fatal("still waiting for ", what)
+	}
+}
+
+// poll waits for a condition that the guest makes true while it runs.
+func poll(t testing.TB, what string, cond func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !cond(); runtime.Gosched() {
+		if time.Now().After(deadline) {
+			t.Fatal("still waiting for ", what)
+		}
 	}
 }
 

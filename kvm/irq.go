@@ -34,8 +34,8 @@ func (vm *VM) SetRoutes(routes []Route) error {
 			addrLo: uint32(r.Addr), addrHi: uint32(r.Addr >> 32), data: r.Data}
 	}
 	l.n = uint32(len(routes))
-	vm.mu.Lock()
-	defer vm.mu.Unlock()
+	vm.irqMu.Lock()
+	defer vm.irqMu.Unlock()
 	if _, err := ioctl(vm.fd, kvmSetGSIRouting, l); err != nil {
 		return fmt.Errorf("set %d routes: %w", len(routes), err)
 	}
@@ -62,25 +62,25 @@ func (vm *VM) IRQFDResample(fd, resample int, gsi uint32) error {
 	if err := vm.IRQFD(fd, gsi); err != nil {
 		return err
 	}
-	vm.mu.Lock()
-	defer vm.mu.Unlock()
+	vm.irqMu.Lock()
+	defer vm.irqMu.Unlock()
 	vm.resample[gsi] = resample
 	return nil
 }
 
 // RemoveIRQFD undoes IRQFD and IRQFDResample; it waits for deliveries under way.
 func (vm *VM) RemoveIRQFD(fd int, gsi uint32) error {
-	vm.mu.Lock()
+	vm.irqMu.Lock()
 	delete(vm.resample, gsi)
-	vm.mu.Unlock()
+	vm.irqMu.Unlock()
 	return vm.irqfd(irqfd{fd: uint32(fd), gsi: gsi, flags: irqfdDeassign})
 }
 
 // EndOfInterrupt passes on what ExitIOAPICEOI reported: it signals the resample eventfds of
 // all GSIs whose route has the vector.
 func (vm *VM) EndOfInterrupt(vector uint8) {
-	vm.mu.Lock()
-	defer vm.mu.Unlock()
+	vm.irqMu.Lock()
+	defer vm.irqMu.Unlock()
 	one := [8]byte{1} // the counter that is added, native byte order
 	for _, r := range vm.routes {
 		if fd, ok := vm.resample[r.GSI]; ok && uint8(r.Data) == vector {

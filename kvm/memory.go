@@ -36,8 +36,8 @@ func (vm *VM) SetMemory(slot uint32, gpa uint64, host []byte, flags MemFlags) er
 func (vm *VM) RemoveMemory(slot uint32) error { return vm.setMemory(userMemoryRegion{slot: slot}) }
 
 func (vm *VM) setMemory(r userMemoryRegion) error {
-	vm.mu.Lock()
-	defer vm.mu.Unlock()
+	vm.memMu.Lock()
+	defer vm.memMu.Unlock()
 	if _, err := ioctl(vm.fd, kvmSetUserMemoryRegion, &r); err != nil {
 		return fmt.Errorf("memory slot %d at %#x+%#x: %w", r.slot, r.gpa, r.size, err)
 	}
@@ -56,8 +56,8 @@ func (vm *VM) EnableManualDirtyLog() error {
 // GetDirtyLog writes the slot's log to bitmap, bit 0 of word 0 being the slot's first
 // page; bitmap needs (pages+63)/64 words. Without the manual log, it also clears it.
 func (vm *VM) GetDirtyLog(slot uint32, bitmap []uint64) error {
-	vm.mu.Lock()
-	defer vm.mu.Unlock()
+	vm.memMu.Lock()
+	defer vm.memMu.Unlock()
 	if pages := vm.slots[slot]; pages == 0 || uint64(len(bitmap)) < (pages+63)/64 {
 		return fmt.Errorf("dirty log of slot %d: bitmap of %d words for %d pages", slot, len(bitmap), pages)
 	}
@@ -68,9 +68,9 @@ func (vm *VM) GetDirtyLog(slot uint32, bitmap []uint64) error {
 	return err
 }
 
-// ClearDirtyLog clears the pages in the log, and protects them again, that are set in bitmap, whose
-// bit 0 of word 0 is page first. First is a multiple of 64, and so is n unless it reaches
-// the end of the slot. It needs the manual log.
+// ClearDirtyLog clears those of the n pages from first on that are set in bitmap, whose bit
+// 0 of word 0 is page first, and protects them again. First is a multiple of 64, and so is
+// n unless it reaches the end of the slot. It needs the manual log.
 func (vm *VM) ClearDirtyLog(slot uint32, first uint64, n uint32, bitmap []uint64) error {
 	if n == 0 || len(bitmap) < (int(n)+63)/64 {
 		return fmt.Errorf("clear dirty log of slot %d: bitmap of %d words for %d pages", slot, len(bitmap), n)
@@ -83,17 +83,17 @@ func (vm *VM) ClearDirtyLog(slot uint32, first uint64, n uint32, bitmap []uint64
 }
 
 // EnableDirtyRing gives every vCPU that is created from now on a ring of the pages that it
-// dirtied, in place of the dirty log; size is in bytes (16 per page), a power of two, at
-// least a page and at most what CapDirtyLogRing says.
+// dirtied, in place of the dirty log; size is in bytes (16 per page), a power of two, at most
+// what CapDirtyLogRing says, and at least 16 KiB, as Intel's PML needs room in it.
 func (vm *VM) EnableDirtyRing(size int) error {
-	if size < os.Getpagesize() || bits.OnesCount(uint(size)) != 1 {
-		return fmt.Errorf("dirty ring of %d bytes: not a power of two of at least a page", size)
+	if size < 16<<10 || bits.OnesCount(uint(size)) != 1 {
+		return fmt.Errorf("dirty ring of %d bytes: not a power of two of at least 16 KiB", size)
 	}
 	if err := vm.enableCap(CapDirtyLogRing, uint64(size)); err != nil {
 		return err
 	}
-	vm.mu.Lock()
-	defer vm.mu.Unlock()
+	vm.memMu.Lock()
+	defer vm.memMu.Unlock()
 	vm.ringSize = size
 	return nil
 }

@@ -29,16 +29,10 @@ func TestMemorySlots(t *testing.T) {
 			t.Errorf("Run = %v, %v with RAM at the address", r, err)
 		}
 	})
-	for host := &host[1]; ; {
-		if v, _ := more.Load16(mmioBase); v>>8 == 0x5a {
-			break
-		}
-		select {
-		case <-vcpu:
-			t.Fatal("the guest stopped before its write was seen", *host)
-		default:
-		}
-	}
+	poll(t, "the guest's write", func() bool {
+		v, _ := more.Load16(mmioBase)
+		return v>>8 == 0x5a
+	})
 	g.Kick()
 	await(t, "the guest", vcpu)
 
@@ -77,9 +71,9 @@ func TestMemorySlotErrors(t *testing.T) {
 		"clear too short": g.vm.ClearDirtyLog(ramSlot, 0, 65, make([]uint64, 1)),
 		"clear nothing":   g.vm.ClearDirtyLog(ramSlot, 0, 0, make([]uint64, 1)),
 		"clear, no log":   g.vm.ClearDirtyLog(ramSlot, 0, 64, make([]uint64, 1)),
-		"ring not 2^n":    g.vm.EnableDirtyRing(pageSize * 3),
-		"ring too small":  g.vm.EnableDirtyRing(pageSize / 2),
-		"ring too late":   g.vm.EnableDirtyRing(pageSize * 16), // there is a vCPU
+		"ring not 2^n":    g.vm.EnableDirtyRing(24 << 10),
+		"ring too small":  g.vm.EnableDirtyRing(8 << 10),
+		"ring too late":   g.vm.EnableDirtyRing(16 << 10), // there is a vCPU
 	} {
 		if err == nil {
 			t.Errorf("%s: accepted", name)
@@ -87,7 +81,7 @@ func TestMemorySlotErrors(t *testing.T) {
 	}
 }
 
-// dirtyGuest writes to count pages from dataBase on whenever it runs to its exit.
+// dirty writes to count pages from dataBase on whenever it runs to its exit.
 func (g *guest) dirty(t *testing.T, count int) {
 	t.Helper()
 	g.Kick() // ends the OUT of the time before, which would move RIP
@@ -96,8 +90,8 @@ func (g *guest) dirty(t *testing.T, count int) {
 	g.expect(t, ExitIO)
 }
 
-// dirtyPages says which pages from dataBase on are missing in the log: the log of a nested or
-// software KVM may hold more, such as those that the code runs from.
+// missing says which of the pages from dataBase on are not in the log. The log of a nested
+// or software KVM may hold more than was written, such as those that the code runs from.
 func missing(t *testing.T, log *guestmem.Bitmap, count int) (pages []int) {
 	t.Helper()
 	for i := range count {
@@ -225,12 +219,12 @@ func TestDirtyRingFull(t *testing.T) {
 	if openKVM(t).CheckExtension(CapDirtyLogRing) == 0 {
 		t.Skip("the kernel lacks KVM_CAP_DIRTY_LOG_RING")
 	}
-	g := newGuest(t, guestDirty, func(vm *VM) { must(t, vm.EnableDirtyRing(pageSize)) })
+	g := newGuest(t, guestDirty, func(vm *VM) { must(t, vm.EnableDirtyRing(16<<10)) })
 	must(t, g.vm.SetMemory(ramSlot, 0, g.mem.Regions()[0].Host, MemLogDirty))
 	if g.sys.Kind() == PVM {
 		t.Skip("kvm_pvm does not stop at a full ring")
 	}
-	const count = 700 // the ring holds 256
+	const count = 1500 // the ring holds 1024
 	g.start(t, Regs{RIP: guestDirty, RBX: dataBase, RCX: count, RDX: 0x80})
 	log := guestmem.NewBitmap(g.mem)
 	full := 0

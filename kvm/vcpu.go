@@ -44,8 +44,8 @@ func (vm *VM) CreateVCPU(id int) (_ *VCPU, err error) {
 		return nil, &OpError{Op: fmt.Sprintf("mmap vcpu %d", id), Err: err}
 	}
 	v.run = asRunPage(v.page)
-	vm.mu.Lock()
-	defer vm.mu.Unlock()
+	vm.memMu.Lock()
+	defer vm.memMu.Unlock()
 	if vm.ringSize > 0 {
 		if v.ring, err = mapRing(fd, vm.ringSize); err != nil {
 			return nil, err

@@ -13,11 +13,13 @@ type VM struct {
 	sys *System
 	fd  int
 
-	mu       sync.Mutex
+	memMu    sync.Mutex
 	slots    map[uint32]uint64 // pages per memory slot
+	ringSize int               // bytes per vCPU, 0: no ring
+
+	irqMu    sync.Mutex
 	routes   []Route
 	resample map[uint32]int // eventfds by GSI
-	ringSize int            // bytes per vCPU, 0: no ring
 }
 
 // Close drops the handle. The kernel frees the VM when its vCPUs and the devices that

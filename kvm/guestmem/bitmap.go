@@ -26,7 +26,8 @@ func NewBitmap(m *Memory) *Bitmap {
 	return b
 }
 
-// Set adds the pages that the n bytes at gpa touch; what is not RAM is ignored.
+// Set adds the pages that the n bytes at gpa touch, up to the end of the region that holds
+// gpa; outside of RAM it does nothing.
 func (b *Bitmap) Set(gpa, n uint64) {
 	for _, r := range b.regions {
 		off := gpa - r.gpa
@@ -119,7 +120,7 @@ func (b *Bitmap) Runs() iter.Seq2[uint64, uint64] {
 	return func(yield func(gpa, n uint64) bool) {
 		for _, r := range b.regions {
 			for page := r.next(0, 0); page < r.count; {
-				end := r.next(page, ^uint64(0))
+				end := r.next(page+1, ^uint64(0))
 				if !yield(r.gpa+page*PageSize, (end-page)*PageSize) {
 					return
 				}

@@ -56,12 +56,7 @@ _start:
 1:	hlt
 	jmp	1b
 
-	.org 0x130		# x87 and SSE: state that XSAVE holds
-	fldpi
-	movd	%eax, %xmm3
-	hlt
-
-	.org 0x140		# fault: an undefined instruction without an IDT is a triple fault
+	.org 0x130		# fault: an undefined instruction without an IDT is a triple fault
 	ud2
 
-	.org 0x150
+	.org 0x140
