@@ -166,7 +166,7 @@ type irqRouting struct { // kvm_irq_routing
 }
 
 type irqRoutingEntry struct { // kvm_irq_routing_entry with the union's kvm_irq_routing_msi
-	gsi, kind, flags, _     uint32
+	gsi, kind, _, _         uint32
 	addrLo, addrHi, data, _ uint32
 	_                       [4]uint32
 }
@@ -195,8 +195,8 @@ const (
 )
 
 type msi struct { // kvm_msi
-	addrLo, addrHi, data, flags, devid uint32
-	_                                  [12]uint8
+	addrLo, addrHi, data, _, _ uint32
+	_                          [12]uint8
 }
 
 type userMemoryRegion struct { // kvm_userspace_memory_region
@@ -259,7 +259,7 @@ type runPage struct {
 	_                         uint32
 	exitReason                uint32
 	readyForInjection, ifFlag uint8
-	flags                     uint16
+	_                         uint16
 	cr8, apicBase             uint64
 	exit                      [256]byte // one of the exit structures, by exitReason
 }
