@@ -60,7 +60,7 @@ func run(args []string) error {
 		return errors.New("which image? give test, demo or both")
 	}
 	o.modules = strings.FieldsFunc(mods, func(r rune) bool { return r == ',' })
-	gomod, err := output("go", "env", "GOMOD")
+	gomod, err := output(o, "go", "env", "GOMOD")
 	if err != nil {
 		return err
 	}
@@ -134,7 +134,7 @@ func build(name string, o options) error {
 // release, the kernel's modules, busybox and the options.
 func inputKey(name string, o options) (string, error) {
 	h := sha256.New()
-	goVersion, err := output("go", "version")
+	goVersion, err := output(o, "go", "version")
 	if err != nil {
 		return "", err
 	}
@@ -161,13 +161,15 @@ func digest(b []byte) string {
 	return hex.EncodeToString(d[:])
 }
 
-// output runs a program and returns its standard output.
-func output(name string, args ...string) (string, error) {
+// output runs a program in this module's directory and returns its standard output.
+// Whatever Go builds is static and for any x86-64.
+func output(o options, argv ...string) (string, error) {
 	var out, errOut bytes.Buffer
-	cmd := exec.Command(name, args...)
-	cmd.Stdout, cmd.Stderr = &out, &errOut
+	cmd := exec.Command(argv[0], argv[1:]...)
+	cmd.Dir, cmd.Stdout, cmd.Stderr = o.src, &out, &errOut
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64", "GOAMD64=v1", "GOFLAGS=")
 	if err := cmd.Run(); err != nil {
-		return "", fmt.Errorf("%s: %w\n%s", strings.Join(cmd.Args, " "), err, bytes.TrimSpace(errOut.Bytes()))
+		return "", fmt.Errorf("%s: %w\n%s", strings.Join(argv, " "), err, bytes.TrimSpace(errOut.Bytes()))
 	}
 	return out.String(), nil
 }

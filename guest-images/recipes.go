@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -33,7 +32,51 @@ func testFiles(o options) ([]file, error) {
 	return slices.Concat([]file{{name: "/init", data: init, mode: 0o755}}, mods, box), nil
 }
 
-func demoFiles(o options) ([]file, error) { return nil, errors.New("not here yet") }
+// demoFiles: an init that shows the machine and leaves the user at a shell, and the u-root
+// commands of package tools as one program.
+func demoFiles(o options) ([]file, error) {
+	init, err := goBuild(o, "./cmds/demoinit")
+	if err != nil {
+		return nil, err
+	}
+	mods, err := moduleFiles(o)
+	if err != nil {
+		return nil, err
+	}
+	box, err := urootFiles(o)
+	if err != nil {
+		return nil, err
+	}
+	own := []file{{name: "/init", data: init, mode: 0o755}, {name: "/bin/lspci", link: "../init"}}
+	return slices.Concat(own, mods, box), nil
+}
+
+const urootCommands = "github.com/u-root/u-root/cmds/"
+
+// urootFiles builds the commands that package tools imports, and their links.
+func urootFiles(o options) ([]file, error) {
+	imports, err := output(o, "go", "list", "-e", "-tags=tools", `-f={{join .Imports "\n"}}`, "./tools")
+	if err != nil {
+		return nil, err
+	}
+	cmds := slices.DeleteFunc(strings.Fields(imports), func(p string) bool { return !strings.HasPrefix(p, urootCommands) })
+	dir, err := os.MkdirTemp("", "guest-images-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	bb := filepath.Join(dir, "bb")
+	makebb := []string{"go", "run", "github.com/u-root/gobusybox/src/cmd/makebb", "-gen-dir", filepath.Join(dir, "src"), "-o", bb}
+	if _, err := output(o, append(makebb, cmds...)...); err != nil {
+		return nil, err
+	}
+	b, err := os.ReadFile(bb)
+	files := []file{{name: "/bin/bb", data: b, mode: 0o755}, {name: "/bin/sh", link: "gosh"}}
+	for _, c := range cmds {
+		files = append(files, file{name: "/bin/" + filepath.Base(c), link: "bb"})
+	}
+	return files, err
+}
 
 func moduleFiles(o options) ([]file, error) {
 	m, err := openModules(filepath.Join("/lib/modules", o.kernel))
@@ -52,11 +95,8 @@ func goBuild(o options, pkg string) ([]byte, error) {
 	}
 	defer os.RemoveAll(dir)
 	out := filepath.Join(dir, "out")
-	cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w -buildid=", "-o", out, pkg)
-	cmd.Dir = o.src
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64", "GOAMD64=v1", "GOFLAGS=")
-	if msg, err := cmd.CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("build %s: %w\n%s", pkg, err, msg)
+	if _, err := output(o, "go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w -buildid=", "-o", out, pkg); err != nil {
+		return nil, err
 	}
 	return os.ReadFile(out)
 }
@@ -79,7 +119,7 @@ func busyboxFiles(path string) ([]file, error) {
 	if slices.ContainsFunc(f.Progs, func(p *elf.Prog) bool { return p.Type == elf.PT_INTERP }) {
 		return nil, fmt.Errorf("%s needs shared libraries\ninstall busybox-static", path)
 	}
-	applets, err := output(path, "--list")
+	applets, err := output(options{}, path, "--list")
 	if err != nil {
 		return nil, err
 	}

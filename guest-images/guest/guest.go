@@ -39,6 +39,13 @@ func Mount() error {
 	return errors.Join(errs...)
 }
 
+// Ready tells the console that userspace runs, with the seconds since the kernel began.
+func Ready() {
+	up, _ := os.ReadFile("/proc/uptime")
+	sec, _, _ := strings.Cut(string(up), " ")
+	fmt.Printf("BATON-READY uptime=%s\n", sec)
+}
+
 // LoadBoot loads all modules of the list's boot lines.
 func LoadBoot() error { return load(func(kind, _ string) bool { return kind == "boot" }) }
 

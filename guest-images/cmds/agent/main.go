@@ -31,12 +31,10 @@ const (
 
 func main() {
 	mountErr := guest.Mount()
-	up, _ := os.ReadFile("/proc/uptime")
-	sec, _, _ := strings.Cut(string(up), " ")
-	fmt.Printf("BATON-READY uptime=%s\n", sec)
+	guest.Ready()
 	report(mountErr)
 	report(guest.LoadBoot())
-	_, err := setAddr("lo", "127.0.0.1/8")
+	_, err := guest.SetAddr("lo", "127.0.0.1/8")
 	report(err)
 	report(os.WriteFile("/proc/sys/kernel/sysrq", []byte("1"), 0))
 	os.Setenv("PATH", "/bin:/sbin:/usr/bin:/usr/sbin")

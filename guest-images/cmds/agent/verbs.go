@@ -8,7 +8,6 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
-	"path/filepath"
 	"strconv"
 	"time"
 
@@ -28,7 +27,7 @@ type verb struct {
 }
 
 var verbs = map[string]verb{
-	"@addr":      {"IFACE|MAC CIDR", 2, func(a []string) (any, error) { return setAddr(a[0], a[1]) }, nil},
+	"@addr":      {"IFACE|MAC CIDR", 2, func(a []string) (any, error) { return addr(a[0], a[1]) }, nil},
 	"@ping":      {"ADDR COUNT INTERVAL_MS", 3, ping, nil},
 	"@lspci":     {"", 0, func([]string) (any, error) { return guest.PCITree("") }, nil},
 	"@cat":       {"FILE", 1, func(a []string) (any, error) { b, err := os.ReadFile(a[0]); return string(b), err }, nil},
@@ -69,68 +68,15 @@ func reboot(cmd int) error {
 	return unix.Reboot(cmd)
 }
 
+func addr(name, cidr string) (any, error) {
+	name, err := guest.SetAddr(name, cidr)
+	return name + "\n", err
+}
+
 func dmesg([]string) (any, error) {
 	buf := make([]byte, 1<<20)
 	n, err := unix.Klogctl(unix.SYSLOG_ACTION_READ_ALL, buf)
 	return string(buf[:max(n, 0)]), err
-}
-
-// findIface takes a name or a MAC. With failover three interfaces have one MAC: the one
-// that carries the address is the one without a master.
-func findIface(name string) (string, error) {
-	mac, err := net.ParseMAC(name)
-	if err != nil {
-		return name, nil
-	}
-	ifs, err := net.Interfaces()
-	if err != nil {
-		return "", err
-	}
-	for _, i := range ifs {
-		_, err := os.Lstat(filepath.Join("/sys/class/net", i.Name, "master"))
-		if i.HardwareAddr.String() == mac.String() && errors.Is(err, os.ErrNotExist) {
-			return i.Name, nil
-		}
-	}
-	return "", fmt.Errorf("no interface has the MAC %s", mac)
-}
-
-// setAddr takes the interface up with an IPv4 address and returns the interface's name.
-func setAddr(name, cidr string) (string, error) {
-	ip, ipnet, err := net.ParseCIDR(cidr)
-	if err != nil {
-		return "", err
-	}
-	if ip.To4() == nil {
-		return "", fmt.Errorf("%s is not an IPv4 address", ip)
-	}
-	if name, err = findIface(name); err != nil {
-		return "", err
-	}
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return "", err
-	}
-	defer unix.Close(fd)
-	ifr, err := unix.NewIfreq(name)
-	if err != nil {
-		return "", err
-	}
-	for _, step := range []struct {
-		req uint
-		set func()
-	}{
-		{unix.SIOCSIFADDR, func() { _ = ifr.SetInet4Addr(ip.To4()) }},
-		{unix.SIOCSIFNETMASK, func() { _ = ifr.SetInet4Addr(ipnet.Mask) }},
-		{unix.SIOCGIFFLAGS, func() { ifr.SetUint32(0) }},
-		{unix.SIOCSIFFLAGS, func() { ifr.SetUint16(ifr.Uint16() | unix.IFF_UP) }},
-	} {
-		step.set()
-		if err := unix.IoctlIfreq(fd, step.req, ifr); err != nil {
-			return "", fmt.Errorf("%s: %w", name, err)
-		}
-	}
-	return name + "\n", nil
 }
 
 // pingResult has one round trip time per request, in microseconds, or -1 for no answer.

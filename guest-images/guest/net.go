@@ -1,0 +1,70 @@
+package guest
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+)
+
+// findIface takes a name or a MAC. With failover three interfaces have one MAC: the one
+// that carries the address is the one without a master.
+func findIface(name string) (string, error) {
+	mac, err := net.ParseMAC(name)
+	if err != nil {
+		return name, nil
+	}
+	ifs, err := net.Interfaces()
+	if err != nil {
+		return "", err
+	}
+	for _, i := range ifs {
+		_, err := os.Lstat(filepath.Join("/sys/class/net", i.Name, "master"))
+		if i.HardwareAddr.String() == mac.String() && errors.Is(err, os.ErrNotExist) {
+			return i.Name, nil
+		}
+	}
+	return "", fmt.Errorf("no interface has the MAC %s", mac)
+}
+
+// SetAddr takes an interface, given by name or MAC, up with an IPv4 address such as
+// 10.0.0.2/24, and returns its name.
+func SetAddr(name, cidr string) (string, error) {
+	ip, ipnet, err := net.ParseCIDR(cidr)
+	if err != nil {
+		return "", err
+	}
+	if ip.To4() == nil {
+		return "", fmt.Errorf("%s is not an IPv4 address", ip)
+	}
+	if name, err = findIface(name); err != nil {
+		return "", err
+	}
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return "", err
+	}
+	defer unix.Close(fd)
+	ifr, err := unix.NewIfreq(name)
+	if err != nil {
+		return "", err
+	}
+	for _, step := range []struct {
+		req uint
+		set func()
+	}{
+		{unix.SIOCSIFADDR, func() { _ = ifr.SetInet4Addr(ip.To4()) }},
+		{unix.SIOCSIFNETMASK, func() { _ = ifr.SetInet4Addr(ipnet.Mask) }},
+		{unix.SIOCGIFFLAGS, func() { ifr.SetUint32(0) }},
+		{unix.SIOCSIFFLAGS, func() { ifr.SetUint16(ifr.Uint16() | unix.IFF_UP) }},
+	} {
+		step.set()
+		if err := unix.IoctlIfreq(fd, step.req, ifr); err != nil {
+			return "", fmt.Errorf("%s: %w", name, err)
+		}
+	}
+	return name, nil
+}
