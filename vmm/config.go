@@ -81,7 +81,7 @@ type Blockdev struct {
 	ID       string `json:"node-name"`
 	File     string `json:"filename"`
 	ReadOnly bool   `json:"read-only,omitempty"`
-	Direct   bool   `json:"cache.direct,omitempty"` // O_DIRECT
+	NoFlush  bool   `json:"cache.no-flush,omitempty"` // do not wait for the disk when the guest flushes
 }
 
 // Chardev is a named backend for a port; Spec is what -serial would say, for char.Parse.

@@ -20,38 +20,39 @@ const (
 
 // drivers is the table of all that -device takes.
 var drivers = []driver{
-	{schema{"pcie-root-port", nil, "PCIe root port: one slot that a device can be plugged into", onPCI(
+	{schema{name: "pcie-root-port", help: "PCIe root port: one slot that a device can be plugged into", props: onPCI(
 		prop{name: "chassis", kind: kindUint, max: 255, help: "chassis number; with slot= unique; default: a free one"},
 		prop{name: "slot", kind: kindUint, max: 8191, def: uint64(0), help: "physical slot number"},
 		prop{name: "port", kind: kindUint, max: 255, def: uint64(0), help: "port number in the link capabilities"},
 	)}, busPCI, busPCI},
-	{schema{"virtio-net-pci", aliases("virtio-net"), "network card", onVirtio(
+	{schema{name: "virtio-net-pci", aliases: aliases("virtio-net"), help: "network card", props: onVirtio(
 		prop{name: "netdev", required: true, help: "id of the -netdev behind it"},
 		prop{name: "mac", kind: kindMAC, help: "its address; default: 52:54:00:12:34:56 and up"},
 		prop{name: "mq", kind: kindBool, def: false, help: "offer all queue pairs of the netdev"},
 		prop{name: "failover", kind: kindBool, def: false, help: "offer VIRTIO_NET_F_STANDBY: the slow half of a failover pair"},
 		prop{name: "host_mtu", kind: kindUint, max: 65535, def: uint64(0), help: "MTU told to the guest; 0: none"},
 		prop{name: "rx_queue_size", kind: kindPow2, min: 256, max: 1024, def: uint64(256), help: "descriptors"},
-		prop{name: "tx_queue_size", kind: kindPow2, min: 256, max: 1024, def: uint64(256), help: "descriptors"},
+		prop{name: "tx_queue_size", kind: kindPow2, min: 256, max: 1024, help: "as rx_queue_size"},
+		prop{name: "speed", kind: kindUint, max: 1 << 31, def: uint64(0), help: "Mbit/s told to the guest; 0: none"},
 		feature("csum", 0), feature("guest_csum", 1), feature("guest_tso4", 7), feature("guest_tso6", 8),
 		feature("guest_ecn", 9), feature("guest_ufo", 10), feature("host_tso4", 11), feature("host_tso6", 12),
 		feature("host_ecn", 13), feature("host_ufo", 14), feature("mrg_rxbuf", 15), feature("status", 16),
 		feature("ctrl_vq", 17), feature("ctrl_rx", 18), feature("ctrl_vlan", 19), feature("ctrl_mac_addr", 23),
 	)}, busPCI, ""},
-	{schema{"virtio-blk-pci", aliases("virtio-blk"), "disk", onVirtio(
+	{schema{name: "virtio-blk-pci", aliases: aliases("virtio-blk"), help: "disk", props: onVirtio(
 		prop{name: "drive", required: true, help: "id of the -drive or -blockdev behind it"},
 		prop{name: "serial", help: "serial number, up to 20 bytes"},
 		prop{name: "num-queues", kind: kindUint, min: 1, max: MaxQueues, def: uint64(1), help: "request queues"},
-		prop{name: "queue-size", kind: kindPow2, min: 2, max: 1024, def: uint64(256), help: "descriptors"},
-		prop{name: "logical_block_size", kind: kindPow2, min: 512, max: 4096, def: uint64(512), help: "bytes"},
+		prop{name: "logical_block_size", kind: kindPow2, min: 512, max: 32768, def: uint64(512), help: "bytes"},
+		feature("discard", 13), feature("write-zeroes", 14),
 		prop{name: "bootindex", kind: kindUint, ignored: "the kernel is given by -kernel"},
 	)}, busPCI, ""},
-	{schema{"virtio-serial-pci", aliases("virtio-serial"), "carrier of consoles and ports", onVirtio(
+	{schema{name: "virtio-serial-pci", aliases: aliases("virtio-serial"), help: "carrier of consoles and ports", props: onVirtio(
 		prop{name: "max_ports", kind: kindUint, min: 1, max: 31, def: uint64(31), help: "ports that it has room for"},
 	)}, busPCI, busSerial},
-	{schema{"virtconsole", nil, "console (hvc0 and up) on a virtio-serial-pci", portProps}, busSerial, ""},
-	{schema{"virtserialport", nil, "byte channel (/dev/virtio-ports/NAME) on a virtio-serial-pci", portProps}, busSerial, ""},
-	{schema{"virtio-rng-pci", aliases("virtio-rng"), "entropy", onVirtio(
+	{schema{name: "virtconsole", help: "console (hvc0 and up) on a virtio-serial-pci", props: portProps}, busSerial, ""},
+	{schema{name: "virtserialport", help: "byte channel (/dev/virtio-ports/NAME) on a virtio-serial-pci", props: portProps}, busSerial, ""},
+	{schema{name: "virtio-rng-pci", aliases: aliases("virtio-rng"), help: "entropy", props: onVirtio(
 		prop{name: "rng", help: "id of an -object rng-random or rng-builtin; both are the host's getrandom(2)"},
 	)}, busPCI, ""},
 }
@@ -85,7 +86,8 @@ func onPCI(own ...prop) []prop {
 
 func onVirtio(own ...prop) []prop {
 	return onPCI(append(own,
-		prop{name: "vectors", kind: kindUint, max: 64, help: "MSI-X vectors; default: one for each queue and one for changes"},
+		feature("indirect_desc", 28), feature("event_idx", 29),
+		prop{name: "vectors", kind: kindUint, ignored: "each queue has one, and one is for changes"},
 		prop{name: "romfile", ignored: "there is no option ROM"},
 		prop{name: "rombar", kind: kindUint, ignored: "there is no option ROM"},
 		prop{name: "disable-legacy", kind: kindEnum, enum: []string{"on", "auto"}, help: "virtio 1.x only"},
@@ -99,6 +101,7 @@ func driverSchemas() []schema {
 	kinds := make([]schema, len(drivers))
 	for i, d := range drivers {
 		kinds[i] = d.schema
+		kinds[i].device = true
 	}
 	return kinds
 }

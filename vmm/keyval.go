@@ -49,6 +49,7 @@ type schema struct {
 	aliases []string
 	help    string
 	props   []prop
+	device  bool
 }
 
 func (s *schema) prop(name string) *prop {
@@ -69,7 +70,7 @@ func parseObject(text, key string, kinds []schema) (s *schema, vals Values, note
 	}
 	if key == "" {
 		vals, notes, err = kinds[0].check(pairs)
-		return &kinds[0], vals, notes, err
+		return &kinds[0], vals, notes, errors.Join(err, kinds[0].missing(vals))
 	}
 	i := slices.IndexFunc(pairs, func(p pair) bool { return p.key == key })
 	if i < 0 {
@@ -80,6 +81,9 @@ func parseObject(text, key string, kinds []schema) (s *schema, vals Values, note
 		return nil, nil, nil, err
 	}
 	vals, notes, err = s.check(slices.Delete(pairs, i, i+1))
+	if !s.device { // of devices, Validate asks
+		err = errors.Join(err, s.missing(vals))
+	}
 	if id, ok := vals["id"].(string); ok {
 		name += " " + id
 	}
@@ -198,12 +202,18 @@ func (s *schema) check(pairs []pair) (vals Values, notes []string, err error) {
 		}
 		given[p.name] = true
 	}
+	return vals, notes, errors.Join(errs...)
+}
+
+// missing says which of the values that there have to be are not there.
+func (s *schema) missing(v Values) error {
+	var errs []error
 	for _, p := range s.props {
-		if p.required && !given[p.name] {
+		if _, ok := v[p.name]; p.required && !ok {
 			errs = append(errs, fmt.Errorf("%s= is missing\n%s", p.name, p.help))
 		}
 	}
-	return vals, notes, errors.Join(errs...)
+	return errors.Join(errs...)
 }
 
 // parse checks one value. It takes its own results too, so that a printed configuration
@@ -283,8 +293,10 @@ func (p *prop) kindName() string {
 	switch {
 	case p.kind == kindEnum:
 		return strings.Join(p.enum, "|")
+	case p.max != 0 && p.kind == kindUint:
+		return fmt.Sprintf("%d..%d", p.min, p.max)
 	case p.max != 0:
-		return fmt.Sprintf("%s, %d to %d", kindNames[p.kind], p.min, p.max)
+		return fmt.Sprintf("power of two, %d..%d", p.min, p.max)
 	}
 	return kindNames[p.kind]
 }

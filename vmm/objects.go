@@ -3,6 +3,7 @@ package vmm
 import (
 	"errors"
 	"fmt"
+	"net"
 	"slices"
 	"strconv"
 	"strings"
@@ -56,7 +57,7 @@ var (
 		{name: "if", kind: kindEnum, enum: []string{"virtio", "none"}, help: "virtio, the default, makes the virtio-blk-pci too"},
 		only("format", "raw", "convert others: qemu-img convert -O raw OLD NEW"), only("media", "disk", "there is no CD-ROM"),
 		{name: "readonly", kind: kindBool, help: "do not write; default: off"}, {name: "read-only", kind: kindBool, help: "the same"},
-		{name: "cache", kind: kindEnum, enum: []string{"writeback", "none"}, help: "none: O_DIRECT; default: writeback"},
+		{name: "cache", kind: kindEnum, enum: []string{"writeback", "none", "unsafe"}, help: "unsafe: do not wait for the disk when the guest flushes; default: writeback"},
 		{name: "serial", help: "serial number, up to 20 bytes, with if=virtio"},
 		{name: "aio", ignored: "baton chooses"}, {name: "index", kind: kindUint, ignored: "use addr= of -device"},
 	}}}
@@ -71,8 +72,10 @@ var (
 	blockdevProps = slices.Clip([]prop{
 		{name: "node-name", required: true, help: "name of the node"},
 		{name: "read-only", kind: kindBool, help: "do not write; default: off"},
-		{name: "cache.direct", kind: kindBool, help: "O_DIRECT; default: off"},
+		{name: "cache.no-flush", kind: kindBool, help: "do not wait for the disk when the guest flushes; default: off"},
+		{name: "cache.direct", kind: kindBool, ignored: pageCache},
 	})
+	pageCache    = "I/O goes through the host's page cache, and a flush reaches the disk"
 	chardevKinds = []schema{
 		{name: "socket", help: "stream socket", props: []prop{chardevID,
 			{name: "path", help: "unix socket"}, {name: "host", help: "TCP: name or address"}, {name: "port", help: "TCP"},
@@ -148,7 +151,10 @@ func (p *parser) addNetdev(kind string, v Values) error {
 
 func (p *parser) addDrive(_ string, v Values) error {
 	b := Blockdev{ID: v.take("id"), File: v.take("file"),
-		ReadOnly: v["readonly"] == true || v["read-only"] == true, Direct: v["cache"] == "none"}
+		ReadOnly: v["readonly"] == true || v["read-only"] == true, NoFlush: v["cache"] == "unsafe"}
+	if v["cache"] == "none" {
+		p.Notes = append(p.Notes, "-drive: cache=none changes nothing: "+pageCache)
+	}
 	for n := 0; b.ID == ""; n++ {
 		if id := fmt.Sprintf("drive%d", n); p.cfg.Blockdev(id) == nil {
 			b.ID = id
@@ -196,7 +202,7 @@ func (p *parser) addChardev(kind string, v Values) error {
 	case kind == "socket" && path != "" && host+port == "":
 		c.Spec = "unix:" + strings.ReplaceAll(path, ",", ",,")
 	case kind == "socket" && path == "" && port != "":
-		c.Spec = "tcp:" + host + ":" + port
+		c.Spec = "tcp:" + strings.ReplaceAll(net.JoinHostPort(host, port), ",", ",,")
 	case kind == "socket":
 		return fmt.Errorf("socket %s: want either path= or host= and port=", c.ID)
 	}

@@ -11,6 +11,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"unicode/utf8"
 )
 
 // Invocation is what a command line asks for.
@@ -49,11 +50,11 @@ type parser struct {
 	backend string                   // -machine memory-backend=
 }
 
-func text(field func(*Config) *string) func(*parser, string) error {
+func setText(field func(*Config) *string) func(*parser, string) error {
 	return func(p *parser, arg string) error { *field(p.cfg) = arg; return nil }
 }
 
-func flag(field func(*Config) *bool) func(*parser, string) error {
+func setFlag(field func(*Config) *bool) func(*parser, string) error {
 	return func(p *parser, _ string) error { *field(p.cfg) = true; return nil }
 }
 
@@ -85,12 +86,12 @@ func options() []option {
 		{name: "smp", arg: "N", group: groupMachine, help: "vCPUs, 1 to 64; sockets=, cores= and threads= have to match", kinds: smpKinds, add: (*parser).addSMP},
 		{name: "m", arg: "SIZE", group: groupMachine, help: "RAM, 64M to 64G; a bare number counts MiB; default: 128", kinds: memoryKinds,
 			add: func(p *parser, _ string, v Values) error { return v.into(&p.cfg.Memory) }},
-		{name: "mem-prealloc", group: groupMachine, help: "populate the RAM before the guest starts", set: flag(func(c *Config) *bool { return &c.Memory.Prealloc })},
+		{name: "mem-prealloc", group: groupMachine, help: "populate the RAM before the guest starts", set: setFlag(func(c *Config) *bool { return &c.Memory.Prealloc })},
 		{name: "name", arg: "NAME", group: groupMachine, help: "name of the machine", kinds: nameKinds,
 			add: func(p *parser, _ string, v Values) error { p.cfg.Name = v.take("guest"); return nil }},
-		{name: "kernel", arg: "FILE", group: groupBoot, help: "bzImage, vmlinux or any ELF with a PVH entry", set: text(func(c *Config) *string { return &c.Kernel })},
-		{name: "initrd", arg: "FILE", group: groupBoot, help: "initial RAM disk", set: text(func(c *Config) *string { return &c.Initrd })},
-		{name: "append", arg: "TEXT", group: groupBoot, help: "kernel command line", set: text(func(c *Config) *string { return &c.Append })},
+		{name: "kernel", arg: "FILE", group: groupBoot, help: "bzImage, vmlinux or any ELF with a PVH entry", set: setText(func(c *Config) *string { return &c.Kernel })},
+		{name: "initrd", arg: "FILE", group: groupBoot, help: "initial RAM disk", set: setText(func(c *Config) *string { return &c.Initrd })},
+		{name: "append", arg: "TEXT", group: groupBoot, help: "kernel command line", set: setText(func(c *Config) *string { return &c.Append })},
 		{name: "device", arg: "DRIVER[,KEY=VALUE...]", group: groupDevice, help: "add a device, or '{\"driver\":...}'; `-device help`, `-device DRIVER,help`", key: "driver", kinds: driverSchemas(),
 			add: func(p *parser, kind string, v Values) error {
 				p.cfg.Devices = append(p.cfg.Devices, newDevice(kind, v))
@@ -113,12 +114,12 @@ func options() []option {
 				p.Notes = append(p.Notes, "-k "+arg+" changes nothing: there is no display, hence no keyboard")
 				return nil
 			}},
-		{name: "nodefaults", group: groupRun, help: "no serial port without -serial", set: flag(func(c *Config) *bool { return &c.NoDefaults })},
+		{name: "nodefaults", group: groupRun, help: "no serial port without -serial", set: setFlag(func(c *Config) *bool { return &c.NoDefaults })},
 		{name: "no-user-config", group: groupRun, help: "read no configuration by default; baton never does", set: nothing},
-		{name: "no-reboot", group: groupRun, help: "end when the guest resets", set: flag(func(c *Config) *bool { return &c.NoReboot })},
-		{name: "pidfile", arg: "FILE", group: groupRun, help: "write the process id there", set: text(func(c *Config) *string { return &c.PIDFile })},
-		{name: "D", arg: "FILE", group: groupRun, help: "write the log there; default: stderr", set: text(func(c *Config) *string { return &c.LogFile })},
-		{name: "event-log", arg: "FILE", group: groupRun, help: "write each event there, a line of JSON each", set: text(func(c *Config) *string { return &c.EventLog })},
+		{name: "no-reboot", group: groupRun, help: "end when the guest resets", set: setFlag(func(c *Config) *bool { return &c.NoReboot })},
+		{name: "pidfile", arg: "FILE", group: groupRun, help: "write the process id there", set: setText(func(c *Config) *string { return &c.PIDFile })},
+		{name: "D", arg: "FILE", group: groupRun, help: "write the log there; default: stderr", set: setText(func(c *Config) *string { return &c.LogFile })},
+		{name: "event-log", arg: "FILE", group: groupRun, help: "write each event there, a line of JSON each", set: setText(func(c *Config) *string { return &c.EventLog })},
 		{name: "config", arg: "FILE", group: groupRun, help: "start from what -print-config printed", set: (*parser).readConfig},
 		{name: "print-config", group: groupInfo, help: "check everything, print the machine as JSON, stop", set: func(p *parser, _ string) error { p.PrintConfig = true; return nil }},
 		{name: "help", alias: "h", group: groupInfo, help: "print this", set: func(p *parser, _ string) error { p.Print = Help(); return nil }},
@@ -132,6 +133,11 @@ func ParseArgs(args []string) (*Invocation, error) {
 	p := &parser{cfg: DefaultConfig(), objects: map[string]*MemoryConfig{}}
 	table := options()
 	var errs []error
+	for _, a := range args {
+		if !utf8.ValidString(a) { // JSON could not hold it
+			errs = append(errs, fmt.Errorf("argument %q: not UTF-8", a))
+		}
+	}
 	for len(args) > 0 && p.Print == "" {
 		word := args[0]
 		args = args[1:]

@@ -39,7 +39,7 @@ func inObject(object string, err error) error {
 // suggest is the hint line for a misspelt word: the nearest of known, or all of a short
 // list if none is near.
 func suggest(word string, known []string) string {
-	best, near := max(1, len(word)/3)+1, ""
+	best, near := min(max(1, (len(word)+1)/3), 5)+1, ""
 	for _, k := range known {
 		d := distance(strings.ToLower(word), strings.ToLower(k))
 		if len(word) > 2 && strings.HasPrefix(k, word) {
@@ -60,29 +60,25 @@ func suggest(word string, known []string) string {
 	return ""
 }
 
-// distance is the optimal string alignment distance: insertions, deletions, substitutions
-// and swaps of neighbours that turn a into b.
+// distance is Levenshtein's: how many letters to insert, drop or replace to turn a into b.
 func distance(a, b string) int {
 	if len(a) > 64 || len(b) > 64 {
 		return 64 // no name is that long: do not spend time on it
 	}
-	var before, prev []int
 	row := make([]int, len(b)+1)
 	for j := range row {
 		row[j] = j
 	}
-	for i := 1; i <= len(a); i++ {
-		before, prev, row = prev, row, make([]int, len(b)+1)
-		row[0] = i
-		for j := 1; j <= len(b); j++ {
-			cost := 1
-			if a[i-1] == b[j-1] {
-				cost = 0
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			replace := diagonal
+			if a[i] != b[j] {
+				replace++
 			}
-			row[j] = min(prev[j]+1, row[j-1]+1, prev[j-1]+cost)
-			if i > 1 && j > 1 && a[i-1] == b[j-2] && a[i-2] == b[j-1] {
-				row[j] = min(row[j], before[j-2]+1)
-			}
+			diagonal = row[j+1]
+			row[j+1] = min(replace, row[j]+1, diagonal+1)
 		}
 	}
 	return row[len(b)]

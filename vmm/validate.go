@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"regexp"
 	"slices"
@@ -297,6 +298,9 @@ func (c *Config) validateUses(p *problems) {
 	ports := map[string]*Device{}
 	for i := range c.Devices {
 		d := &c.Devices[i]
+		if row := d.row(); row != nil {
+			*p = append(*p, inObject(d.String(), row.missing(d.Props)))
+		}
 		for key := range kinds {
 			if d.Given(key) {
 				use(d.String(), key, d.Text(key))
@@ -307,6 +311,9 @@ func (c *Config) validateUses(p *problems) {
 		}
 		if n := c.Netdev(d.Text("netdev")); n != nil && n.Queues > 1 && !d.Bool("mq") {
 			p.add(d.String(), "netdev %s has %d queues, but mq=off\nsay mq=on, or queues=1 for the netdev", n.ID, n.Queues)
+		}
+		if d.Given("tx_queue_size") && d.Uint("tx_queue_size") != d.Uint("rx_queue_size") {
+			p.add(d.String(), "tx_queue_size=%d: there is one size for both directions, rx_queue_size=%d", d.Uint("tx_queue_size"), d.Uint("rx_queue_size"))
 		}
 		if !d.Given("nr") {
 			continue
@@ -353,17 +360,24 @@ func (c *Config) CheckFiles() error {
 	return errors.Join(p...)
 }
 
-// head reads the first bytes of a file or device.
+// head reads the first bytes of a file or block device.
 func head(name string) ([]byte, error) {
-	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0) // a fifo would wait for its writer
+	info, err := os.Stat(name)
+	if err != nil {
+		return nil, err
+	}
+	if mode := info.Mode(); !mode.IsRegular() && mode&(fs.ModeDevice|fs.ModeCharDevice) != fs.ModeDevice {
+		return nil, fmt.Errorf("%s is neither a file nor a block device", name)
+	}
+	f, err := os.Open(name)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	buf := make([]byte, 4)
-	n, err := f.Read(buf)
-	if err == io.EOF {
+	magic := make([]byte, 4)
+	n, err := io.ReadFull(f, magic)
+	if errors.Is(err, io.ErrUnexpectedEOF) || err == io.EOF {
 		err = nil // whoever reads it all will say that it is too short
 	}
-	return buf[:n], err
+	return magic[:n], err
 }
