@@ -233,10 +233,10 @@ const (
 )
 
 type enableCap struct { // kvm_enable_cap
-	cap   Cap
-	flags uint32
-	args  [4]uint64
-	_     [64]uint8
+	cap  Cap
+	_    uint32
+	args [4]uint64
+	_    [64]uint8
 }
 
 type xsave [4096]byte // kvm_xsave; its real size comes from CapXSave2

@@ -152,7 +152,8 @@ func (v *VCPU) SaveState() (State, error) {
 	return s, nil
 }
 
-// LoadState writes the whole state to a vCPU that has not run yet. MSRs that the kernel
+// LoadState writes the whole state to a vCPU that has not run yet, or has the state's CPUID:
+// so it also puts a vCPU back to an earlier state of its own. MSRs that the kernel
 // refuses are returned: a host may list what it then refuses, so whether one matters is for the
 // caller to say.
 func (v *VCPU) LoadState(s State) (refused []uint32, err error) {

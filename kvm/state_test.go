@@ -110,6 +110,26 @@ func TestStateMoves(t *testing.T) {
 	}
 }
 
+// TestStateReset puts a vCPU that has run back to where it was, as a reset of the machine does.
+func TestStateReset(t *testing.T) {
+	g := newGuest(t, guestPIO, splitIRQChip(t))
+	g.start(t, Regs{RIP: guestPIO, RDX: 0x10, RAX: 1})
+	power, err := g.SaveState()
+	must(t, err)
+	for range 3 {
+		for want := byte(1); want < 5; want++ {
+			g.expect(t, ExitIO)
+			if got := g.IO().Data[0]; got != want {
+				t.Fatalf("the guest counts %d, want %d", got, want)
+			}
+		}
+		g.Kick()
+		g.expect(t, ExitIntr)
+		_, err := g.LoadState(power)
+		must(t, err)
+	}
+}
+
 // TestStateRefusedMSR wants an unknown MSR to be reported, and all others to be loaded.
 func TestStateRefusedMSR(t *testing.T) {
 	source := interesting(t)
