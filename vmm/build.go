@@ -117,7 +117,7 @@ func (b *builder) transport(d *Device, dev virtio.Device) (pci.Function, error) 
 
 func (b *builder) virtioBlk(d *Device) (pci.Function, error) {
 	spec := b.cfg.Blockdev(d.Text("drive"))
-	disk, err := blk.Open(spec.File, blk.Options{ReadOnly: spec.ReadOnly})
+	disk, err := blk.Open(spec.File, blk.Options{ReadOnly: spec.ReadOnly, IgnoreFlush: spec.NoFlush})
 	if err != nil {
 		return nil, err
 	}
