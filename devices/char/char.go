@@ -48,7 +48,7 @@ func Open(ctx context.Context, spec Spec, o Options) (*Port, error) {
 	p := &Port{name: string(spec.Kind), drained: make(chan struct{})}
 	p.change.L = &p.mu
 	if err := p.open(ctx, spec, o); err != nil {
-		return nil, fmt.Errorf("open %s %s: %w", spec.Kind, spec.Path, err)
+		return nil, fmt.Errorf("open %s port: %w", spec.Kind, err)
 	}
 	go p.drain()
 	if p.listen != nil {
@@ -66,15 +66,12 @@ func (p *Port) open(ctx context.Context, spec Spec, o Options) (err error) {
 		}
 		p.peer, err = openStdio()
 	case File:
-		var f *os.File
-		f, err = os.OpenFile(spec.Path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-		p.peer = &sink{f, make(chan struct{})}
+		p.peer, err = openFile(spec.Path)
 	case PTY:
 		p.peer, p.name, err = openPTY()
 	case Unix, TCP:
 		if !spec.Server {
-			var d net.Dialer
-			p.peer, err = d.DialContext(ctx, string(spec.Kind), spec.Path)
+			p.peer, err = dial(ctx, spec)
 			return err
 		}
 		if p.listen, err = listen(ctx, spec); err != nil {
@@ -219,6 +216,14 @@ func (p *Port) hangUp(peer io.ReadWriteCloser) {
 type sink struct {
 	io.WriteCloser
 	gone chan struct{}
+}
+
+func openFile(path string) (io.ReadWriteCloser, error) {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	return &sink{f, make(chan struct{})}, nil
 }
 
 func (s *sink) Read([]byte) (int, error) {

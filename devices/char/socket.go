@@ -14,6 +14,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+func dial(ctx context.Context, spec Spec) (io.ReadWriteCloser, error) {
+	conn, err := new(net.Dialer).DialContext(ctx, string(spec.Kind), spec.Path)
+	if err != nil {
+		return nil, fmt.Errorf("%w\nhint: start the side that listens first, or listen here with server=on", err)
+	}
+	return conn, nil
+}
+
 // listen opens a server's socket. A Unix socket is its owner's alone from the moment it
 // exists: bind takes the mode from the descriptor. One that a dead process left behind is
 // replaced, one that is alive is not.
@@ -38,7 +46,7 @@ func removeStale(path string) error {
 	case err != nil:
 		return err
 	case info.Mode().Type() != fs.ModeSocket:
-		return fmt.Errorf("the path exists and is not a socket\nhint: remove it or choose another path")
+		return fmt.Errorf("%s exists and is not a socket\nhint: remove it or choose another path", path)
 	}
 	conn, err := net.Dial("unix", path)
 	switch {
@@ -46,7 +54,7 @@ func removeStale(path string) error {
 		conn.Close()
 		fallthrough
 	case errors.Is(err, unix.EAGAIN): // its backlog is full
-		return fmt.Errorf("another process listens there\nhint: choose another path, or end that process")
+		return fmt.Errorf("another process listens on %s\nhint: choose another path, or end that process", path)
 	case errors.Is(err, unix.ECONNREFUSED):
 		return os.Remove(path)
 	}
