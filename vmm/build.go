@@ -216,6 +216,7 @@ func (b *builder) virtioNet(d *Device) (pci.Function, error) {
 		Queues:    pairs,
 		QueueSize: uint16(d.Uint("rx_queue_size")),
 		MTU:       uint16(d.Uint("host_mtu")),
+		Speed:     uint32(d.Uint("speed")),
 		Standby:   d.Bool("failover"),
 	}, backend)
 	if err != nil {

@@ -1,8 +1,6 @@
 package vmm
 
-import (
-	"fmt"
-)
+import "fmt"
 
 // driver is one row of the table of devices.
 type driver struct {
@@ -30,10 +28,10 @@ var drivers = []driver{
 		prop{name: "mac", kind: kindMAC, help: "its address; default: 52:54:00:12:34:56 and up"},
 		prop{name: "mq", kind: kindBool, def: false, help: "offer all queue pairs of the netdev"},
 		prop{name: "failover", kind: kindBool, def: false, help: "offer VIRTIO_NET_F_STANDBY: the slow half of a failover pair"},
-		prop{name: "host_mtu", kind: kindUint, max: 65535, def: uint64(0), help: "MTU told to the guest; 0: none"},
+		prop{name: "host_mtu", kind: kindUint, min: 68, max: 65535, help: "MTU told to the guest; default: none"},
 		prop{name: "rx_queue_size", kind: kindPow2, min: 256, max: 1024, def: uint64(256), help: "descriptors"},
 		prop{name: "tx_queue_size", kind: kindPow2, min: 256, max: 1024, help: "as rx_queue_size"},
-		prop{name: "speed", kind: kindUint, max: 1 << 31, def: uint64(0), help: "Mbit/s told to the guest; 0: none"},
+		prop{name: "speed", kind: kindUint, min: 1, max: 1 << 31, help: "Mbit/s told to the guest; default: none"},
 		feature("csum", 0), feature("guest_csum", 1), feature("guest_tso4", 7), feature("guest_tso6", 8),
 		feature("guest_ecn", 9), feature("guest_ufo", 10), feature("host_tso4", 11), feature("host_tso6", 12),
 		feature("host_ecn", 13), feature("host_ufo", 14), feature("mrg_rxbuf", 15), feature("status", 16),
@@ -48,12 +46,12 @@ var drivers = []driver{
 		prop{name: "bootindex", kind: kindUint, ignored: "the kernel is given by -kernel"},
 	)}, busPCI, ""},
 	{schema{name: "virtio-serial-pci", aliases: aliases("virtio-serial"), help: "carrier of consoles and ports", props: onVirtio(
-		prop{name: "max_ports", kind: kindUint, min: 1, max: 31, def: uint64(31), help: "ports that it has room for"},
+		prop{name: "max_ports", kind: kindUint, ignored: "there are as many as are plugged in"},
 	)}, busPCI, busSerial},
 	{schema{name: "virtconsole", help: "console (hvc0 and up) on a virtio-serial-pci", props: portProps}, busSerial, ""},
 	{schema{name: "virtserialport", help: "byte channel (/dev/virtio-ports/NAME) on a virtio-serial-pci", props: portProps}, busSerial, ""},
 	{schema{name: "virtio-rng-pci", aliases: aliases("virtio-rng"), help: "entropy", props: onVirtio(
-		prop{name: "rng", help: "id of an -object rng-random or rng-builtin; both are the host's getrandom(2)"},
+		prop{name: "rng", help: "id of an -object rng-random or rng-builtin"},
 	)}, busPCI, ""},
 }
 
@@ -79,7 +77,7 @@ func only(name, value, why string) prop {
 func onPCI(own ...prop) []prop {
 	return append(own,
 		prop{name: "id", help: "name of the device"},
-		prop{name: "bus", def: RootBus, help: "what it is plugged into: " + RootBus + " or the id of a pcie-root-port"},
+		prop{name: "bus", def: RootBus, help: "id of a pcie-root-port, or " + RootBus},
 		prop{name: "addr", kind: kindAddr, help: "place on the bus; default: the first free slot"},
 		prop{name: "multifunction", kind: kindBool, def: false, help: "functions 1 to 7 of this slot may be used too"})
 }

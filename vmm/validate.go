@@ -24,53 +24,46 @@ func (c *Config) Complete() {
 	if len(c.Serials) == 0 && !c.NoDefaults && !slices.ContainsFunc(c.Chardevs, onStdio) {
 		c.Serials = []string{string(char.Stdio)}
 	}
-	used := map[any]bool{RootBus + " 00": true} // ids, MACs, chassis numbers, slots; the host bridge
+	used := map[string]bool{RootBus + " 00": true} // ids, MACs, chassis numbers, slots; there is the host bridge
 	for i := range c.Devices {
 		d := &c.Devices[i]
 		if d.Bus == "" && !d.on(busSerial) {
 			d.Bus = RootBus
 		}
 		slot, _, _ := strings.Cut(d.Addr, ".")
-		used[d.ID], used[d.Props["mac"]], used[d.Props["chassis"]], used[d.Bus+" "+slot] = true, true, true, true
+		used[d.ID], used[d.Text("mac")], used[d.Bus+" "+slot] = true, true, true
+		used[fmt.Sprint("chassis ", d.Props["chassis"])] = true
 	}
-	// free takes the first of names from lo to hi that is not used; ok is false if all are.
-	free := func(lo, hi uint64, name func(uint64) any) (v any, ok bool) {
+	// free takes the first name of the format that nobody uses, if there is one.
+	free := func(lo, hi int, format string, take func(name string, n int)) {
 		for n := lo; n <= hi; n++ {
-			if v := name(n); !used[v] {
-				used[v] = true
-				return v, true
+			if name := fmt.Sprintf(format, n); !used[name] {
+				used[name] = true
+				take(name, n)
+				return
 			}
 		}
-		return nil, false
 	}
 	var serialBus string
 	for i := range c.Devices {
 		d := &c.Devices[i]
-		setFree := func(prop string, lo, hi uint64, name func(uint64) any) {
-			if !d.Given(prop) {
-				if v, ok := free(lo, hi, name); ok {
-					d.set(prop, v)
-				}
-			}
+		switch {
+		case d.Driver == "pcie-root-port" && !d.Given("chassis"):
+			free(1, 255, "chassis %d", func(_ string, n int) { d.set("chassis", uint64(n)) })
+		case d.Driver == "virtio-net-pci" && !d.Given("mac"):
+			free(0x56, 0xff, "52:54:00:12:34:%02x", func(mac string, _ int) { d.set("mac", mac) })
+		case d.Driver == "virtio-serial-pci" && d.ID == "":
+			free(0, len(c.Devices), "virtio-serial%d", func(id string, _ int) { d.ID = id })
 		}
-		switch d.Driver {
-		case "pcie-root-port":
-			setFree("chassis", 1, 255, func(n uint64) any { return n })
-		case "virtio-net-pci":
-			setFree("mac", 0x56, 0xff, func(n uint64) any { return fmt.Sprintf("52:54:00:12:34:%02x", n) })
-		case "virtio-serial-pci":
-			if d.ID == "" {
-				id, _ := free(0, uint64(len(c.Devices)), func(n uint64) any { return fmt.Sprintf("virtio-serial%d", n) })
-				d.ID = id.(string)
-			}
+		if d.Driver == "virtio-serial-pci" {
 			serialBus = cmp.Or(serialBus, d.ID+".0")
 		}
-		if d.Addr == "" && d.on(busPCI) {
-			if d.Bus != RootBus {
-				d.Addr = "00.0"
-			} else if place, ok := free(1, 31, func(n uint64) any { return fmt.Sprintf("%s %02x", RootBus, n) }); ok {
-				d.Addr = strings.TrimPrefix(place.(string), RootBus+" ") + ".0"
-			}
+		switch {
+		case d.Addr != "" || !d.on(busPCI):
+		case d.Bus == RootBus:
+			free(1, 31, RootBus+" %02x", func(_ string, slot int) { d.Addr = fmt.Sprintf("%02x.0", slot) })
+		default:
+			d.Addr = "00.0"
 		}
 	}
 	for i := range c.Devices {
