@@ -158,6 +158,7 @@ type Ring struct {
 
 	d        *Driver
 	called   chan struct{}
+	limit    *time.Timer
 	free     []uint16
 	requests []Request // by head
 	avail    uint16
@@ -266,11 +267,15 @@ func (r *Ring) Wait() (Request, int) {
 		if req, n, ok := r.Poll(); ok {
 			return req, n
 		}
+		if r.limit == nil {
+			r.limit = time.NewTimer(Patience)
+		}
+		r.limit.Reset(Patience) // one timer, for tests that count allocations
 		select {
 		case <-r.called:
 		case err := <-r.d.Failures:
 			r.d.t.Fatalf("queue %d: %v", r.Index, err)
-		case <-time.After(Patience):
+		case <-r.limit.C:
 			r.d.t.Fatalf("queue %d: no interrupt", r.Index)
 		}
 	}
