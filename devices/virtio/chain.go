@@ -22,7 +22,7 @@ func (c *Chain) reset() {
 func (c *Chain) Read(p []byte) (n int) {
 	for n < len(p) && len(c.Out) > 0 {
 		k := copy(p[n:], c.Out[0])
-		c.Out = skip(c.Out, k)
+		c.Out = Skip(c.Out, k)
 		n += k
 	}
 	return n
@@ -32,7 +32,7 @@ func (c *Chain) Read(p []byte) (n int) {
 func (c *Chain) Write(p []byte) (n int) {
 	for n < len(p) && len(c.In) > 0 {
 		k := copy(c.In[0], p[n:])
-		c.In = skip(c.In, k)
+		c.In = Skip(c.In, k)
 		n += k
 	}
 	return n
@@ -51,10 +51,14 @@ func length(bufs [][]byte) (n uint32) {
 	return n
 }
 
-// skip drops n bytes of the first buffer, and the buffer when it is used up.
-func skip(bufs [][]byte, n int) [][]byte {
-	if bufs[0] = bufs[0][n:]; len(bufs[0]) == 0 {
-		return bufs[1:]
+// Skip drops the first n bytes of bufs, and buffers that are used up. It changes bufs.
+func Skip(bufs [][]byte, n int) [][]byte {
+	for len(bufs) > 0 && n >= len(bufs[0]) {
+		n -= len(bufs[0])
+		bufs = bufs[1:]
+	}
+	if n > 0 && len(bufs) > 0 {
+		bufs[0] = bufs[0][n:]
 	}
 	return bufs
 }

@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"sync/atomic"
 
+	"baton/devices/virtio"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -44,13 +46,13 @@ func Open(path string, o Options) (*Disk, error) {
 	if o.ReadOnly {
 		mode = unix.O_RDONLY
 	}
-	// O_NONBLOCK, so that a FIFO by mistake does not hang; it changes nothing for disks.
+	// O_NONBLOCK at first, so that a FIFO given by mistake does not hang.
 	fd, err := unix.Open(path, mode|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, openError(path, o, err)
 	}
 	d := &Disk{path: path, fd: fd, o: o}
-	if err := d.examine(); err != nil {
+	if err := errors.Join(unix.SetNonblock(fd, false), d.examine()); err != nil {
 		_ = unix.Close(fd)
 		return nil, fmt.Errorf("disk %s: %w", path, err)
 	}
@@ -181,22 +183,11 @@ func (d *Disk) transfer(bufs *[][]byte, off *int64, write, noWait bool) error {
 		case n == 0:
 			return io.ErrUnexpectedEOF // someone has cut the file short
 		}
-		*bufs = skip(*bufs, n)
-		*off += int64(max(n, 0))
+		n = max(n, 0)
+		*bufs = virtio.Skip(*bufs, n)
+		*off += int64(n)
 	}
 	return nil
-}
-
-// skip drops the first n bytes of bufs.
-func skip(bufs [][]byte, n int) [][]byte {
-	for len(bufs) > 0 && n >= len(bufs[0]) {
-		n -= len(bufs[0])
-		bufs = bufs[1:]
-	}
-	if n > 0 {
-		bufs[0] = bufs[0][n:]
-	}
-	return bufs
 }
 
 // flush makes what was written so far survive a crash of the host.

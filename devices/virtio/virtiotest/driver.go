@@ -119,7 +119,6 @@ func (d *Driver) NewRing(index int, size uint16) *Ring {
 // Alloc returns n zeroed bytes of guest memory aligned to 16, in either region by turns. It
 // starts over when a region is used up.
 func (d *Driver) Alloc(n int) uint64 {
-	d.t.Helper()
 	d.turn ^= 1
 	if d.next[d.turn]+uint64(n) > regionSize {
 		d.next[d.turn] = 1 << 20 // rings are below
@@ -132,9 +131,9 @@ func (d *Driver) Alloc(n int) uint64 {
 
 // Bytes is a window of guest memory.
 func (d *Driver) Bytes(gpa uint64, n int) []byte {
-	d.t.Helper()
 	b, err := d.Mem.Bytes(gpa, uint64(n))
 	if err != nil {
+		d.t.Helper()
 		d.t.Fatal(err)
 	}
 	return b
@@ -197,7 +196,6 @@ func (r *Ring) Offer(head uint16) {
 // Add makes a request of readable buffers with the contents of out and writable ones of the
 // sizes in, and offers it.
 func (r *Ring) Add(out [][]byte, in ...int) Request {
-	r.d.t.Helper()
 	n := len(out) + len(in)
 	if n > len(r.free) {
 		r.d.t.Fatalf("queue %d: no %d descriptors left", r.Index, n)
@@ -258,7 +256,6 @@ func (r *Ring) Poll() (req Request, written int, ok bool) {
 // Wait waits for the next used request as a driver does: it asks for an interrupt, looks
 // once more and sleeps.
 func (r *Ring) Wait() (Request, int) {
-	r.d.t.Helper()
 	for {
 		if req, n, ok := r.Poll(); ok {
 			return req, n
@@ -283,7 +280,6 @@ func (r *Ring) Wait() (Request, int) {
 
 // Do adds one request, kicks and waits for it. It returns what the device wrote.
 func (r *Ring) Do(out [][]byte, in ...int) []byte {
-	r.d.t.Helper()
 	r.Add(out, in...)
 	r.Kick()
 	req, n := r.Wait()
