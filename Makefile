@@ -7,8 +7,8 @@ FUZZTIME ?= 3s
 LIMIT    ?= 15m
 
 # Packages that need the host under test, and those that this machine can test by itself.
-# kvm/ runs in both: here against this machine's KVM, if it has one, there against kvm_amd.
-SUITES = ./tests/suites/... ./kvm/...
+# Some are both: here they meet this machine's KVM, if it has one, there kvm_amd and vhost-net.
+SUITES = ./tests/suites/... ./kvm/... ./devices/vhost/... ./devices/tap/... ./devices/virtio/net/...
 LOCAL  = $$($(GO) list ./... | grep -vE '^baton/tests/(suites|bench)(/|$$)')
 
 export CGO_ENABLED ?= 0
@@ -33,10 +33,10 @@ test: ## all checks: lint, unit tests under the race detector, suites in the nes
 test-long: ## the same with long fuzzing and the suites' long forms
 	@BATON_LONG=1 $(MAKE) --no-print-directory test FUZZTIME=60s LIMIT=60m
 
-demo: $(NESTED) images ## boot a stock Debian kernel on baton in the nested host: its PCIe tree, its disk, a ping
+demo: $(NESTED) build images ## boot a stock Debian kernel on baton in the nested host: its PCIe tree, its disk, a ping
 	@if [ -t 0 ]; then $(NESTED) shell tests/demo/demo.sh; else $(NESTED) exec -- tests/demo/demo.sh; fi
 
-bench: $(NESTED) images ## compare with QEMU, in the nested host
+bench: $(NESTED) build images ## compare with QEMU, in the nested host
 	@$(NESTED) run -limit 60m -out $(CACHE)/bench -json $(CACHE)/bench.json ./tests/bench/...
 
 images: ## build the guests' initramfs images into .cache/images

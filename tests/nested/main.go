@@ -30,7 +30,7 @@ import (
 
 const usage = `usage: go run ./tests/nested COMMAND
 
-  shell                  a shell in the nested host
+  shell [CMD ARG...]     a shell, or another program that wants a terminal, in the nested host
   exec [--] CMD ARG...   one command in it, with its output and its exit code
   run [flags] PKG...     compile test packages here, run them there
   local [flags] PKG...   run test packages here, under the race detector, with the same report
@@ -77,7 +77,7 @@ func command(ctx context.Context, args []string) (int, error) {
 	}
 	switch name {
 	case "shell":
-		return e.shell(ctx)
+		return e.shell(ctx, fs.Args())
 	case "exec":
 		return e.exec(ctx, fs.Args())
 	case "run":
@@ -127,8 +127,11 @@ func (e env) start(ctx context.Context, tty bool) (*machine, error) {
 		return nil, err
 	}
 	m, err := boot(ctx, c)
-	if err != nil && ctx.Err() != nil {
+	switch {
+	case err != nil && ctx.Err() != nil:
 		os.RemoveAll(c.out)
+	case err != nil:
+		err = fmt.Errorf("%w\nlogs: %s", err, c.out)
 	}
 	return m, err
 }
@@ -154,7 +157,10 @@ func environ(extra ...string) []string {
 	return slices.Concat(env, []string{"TMPDIR=/run/tmp", "BATON_TEST=nested"}, extra)
 }
 
-func (e env) shell(ctx context.Context) (int, error) {
+func (e env) shell(ctx context.Context, argv []string) (int, error) {
+	if len(argv) == 0 {
+		argv = []string{"bash"}
+	}
 	fd := int(os.Stdin.Fd())
 	if !term.IsTerminal(fd) {
 		return 1, errors.New("shell: no terminal; use exec")
@@ -172,7 +178,7 @@ func (e env) shell(ctx context.Context) (int, error) {
 	cols, rows, _ := term.GetSize(fd)
 	say("nested host: the repository is here, as a copy: what you write stays in this shell\r")
 	x, err := m.run(ctx, proto.Command{
-		Argv: []string{"bash"}, Dir: e.repo, Env: environ(), TTY: true, Rows: uint16(rows), Cols: uint16(cols),
+		Argv: argv, Dir: e.repo, Env: environ(), TTY: true, Rows: uint16(rows), Cols: uint16(cols),
 	}, os.Stdout, os.Stderr)
 	return x.Code, err
 }

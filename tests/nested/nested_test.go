@@ -224,7 +224,7 @@ func TestReport(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			r := newReport(true)
 			var said strings.Builder
-			r.say = func(format string, args ...any) { fmt.Fprintf(&said, format+"\n", args...) }
+			r.print = func(format string, args ...any) { fmt.Fprintf(&said, format+"\n", args...) }
 			in := events(tt.events...)
 			want := in.String()
 			var copied bytes.Buffer

@@ -23,10 +23,11 @@ type testEvent struct {
 // A report reads test events and tells people what matters in them: each result, all that
 // a failed test printed, why a test was skipped, and, while nothing happens, what runs.
 type report struct {
-	say  func(format string, args ...any)
-	each bool // a line for each test, not only for each package
+	print func(format string, args ...any)
+	each  bool // a line for each test, not only for each package
 
 	mu      sync.Mutex
+	last    time.Time // of a line
 	running map[testID]time.Time
 	output  map[testID][]string
 	build   map[string][]string
@@ -41,7 +42,7 @@ type testID struct{ pkg, test string }
 
 func newReport(each bool) *report {
 	return &report{
-		say: say, each: each, running: map[testID]time.Time{}, output: map[testID][]string{},
+		print: say, each: each, running: map[testID]time.Time{}, output: map[testID][]string{},
 		build: map[string][]string{}, failedIn: map[string]bool{},
 	}
 }
@@ -59,7 +60,7 @@ func (r *report) read(src io.Reader, w io.Writer) error {
 			if json.Unmarshal(line, &e) == nil {
 				r.event(e)
 			} else {
-				r.say("%s", strings.TrimRight(string(line), "\n"))
+				r.print("%s", strings.TrimRight(string(line), "\n"))
 			}
 		}
 		if err == io.EOF {
@@ -69,6 +70,11 @@ func (r *report) read(src io.Reader, w io.Writer) error {
 			return err
 		}
 	}
+}
+
+func (r *report) say(format string, args ...any) {
+	r.last = time.Now()
+	r.print(format, args...)
 }
 
 func (r *report) event(e testEvent) {
@@ -141,8 +147,6 @@ var word = map[string]string{"pass": "ok", "skip": "none"}
 
 // current names the test, or the package, that runs longest, for a line of progress.
 func (r *report) current() string {
-	r.mu.Lock()
-	defer r.mu.Unlock()
 	var longest testID
 	var since time.Time
 	for id, t := range r.running {
@@ -160,14 +164,18 @@ func (r *report) current() string {
 // watch says what runs whenever nothing was reported for a while, until stop is closed.
 func (r *report) watch(stop <-chan struct{}) {
 	const every = 10 * time.Second
-	tick := time.NewTicker(every)
+	tick := time.NewTicker(every / 2)
 	defer tick.Stop()
 	for {
 		select {
 		case <-stop:
 			return
 		case <-tick.C:
-			r.say("      … %s", r.current())
+			r.mu.Lock()
+			if time.Since(r.last) >= every {
+				r.say("      … %s", r.current())
+			}
+			r.mu.Unlock()
 		}
 	}
 }
