@@ -22,7 +22,8 @@ import (
 const QEMU = "qemu-system-x86_64"
 
 // A GuestConfig says how to start a guest. Args are everything but the plumbing that the
-// harness adds: the serial port on stdio, the agent's port, and the event log.
+// harness adds: the serial port on stdio unless they say -serial, the agent's port, and
+// the event log.
 type GuestConfig struct {
 	Name    string // of its files among the artifacts; "guest" if empty
 	VMM     string // Baton(t) if empty
@@ -65,7 +66,10 @@ func Start(t testing.TB, c GuestConfig) *Guest {
 		Serial: NewLog(), Stderr: NewLog(), Events: NewEventLog(),
 		t: t, name: c.Name, ended: make(chan struct{}),
 	}
-	args := slices.Concat(c.Args, []string{"-serial", "stdio"})
+	args := slices.Clone(c.Args)
+	if !slices.Contains(args, "-serial") {
+		args = append(args, "-serial", "stdio")
+	}
 	if !c.NoAgent {
 		args = append(args, g.listen()...)
 	}
