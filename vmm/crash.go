@@ -5,6 +5,7 @@ import (
 	"strings"
 
 	"golang.org/x/arch/x86/x86asm"
+	"golang.org/x/sys/unix"
 )
 
 // crash reports that vCPU c cannot go on and asks the main loop to end the machine.
@@ -21,10 +22,16 @@ func (m *Machine) tripleFault(c *vcpu) {
 	m.request(requestReset, "guest-reset")
 }
 
-// panicked handles the guest kernel's own report through the pvpanic device; it goes on
-// to reboot or halt as its command line says.
+// panicked handles the guest kernel's own report through the pvpanic device, on the thread
+// of the vCPU that makes it; the kernel goes on to reboot or halt as its command line says.
 func (m *Machine) panicked() {
-	m.log.Error("guest panicked")
+	report := "guest panicked"
+	for _, c := range m.vcpus {
+		if c.tid.Load() == int32(unix.Gettid()) {
+			report += "\n" + m.describe(c, "panic")
+		}
+	}
+	m.log.Error(report)
 	m.events.Publish("GUEST_PANICKED", map[string]string{"action": "run"})
 }
 
@@ -32,6 +39,13 @@ type crashData struct {
 	CPU   int    `json:"cpu-index"`
 	Cause string `json:"cause"`
 }
+
+// Where a CPU begins after a reset: Intel SDM vol. 3, table 10-1. An AMD CPU leaves nothing
+// defined of a guest after a shutdown (APM vol. 2, 15.14.3), so KVM puts it there.
+const (
+	resetRIP    = 0xfff0
+	resetCSBase = 0xffff_0000
+)
 
 // describe says where vCPU c stands: registers and the instruction at RIP. It must be
 // called from the vCPU's own thread or while it is parked.
@@ -46,6 +60,10 @@ func (m *Machine) describe(c *vcpu, cause string) string {
 	s, err := c.Sregs()
 	if err != nil {
 		fmt.Fprintf(&b, "  registers: %v", err)
+		return b.String()
+	}
+	if r.RIP == resetRIP && s.CS.Base == resetCSBase {
+		b.WriteString("  KVM on AMD has reset this vCPU: its registers are lost")
 		return b.String()
 	}
 	mode := 16

@@ -264,6 +264,9 @@ func Serve(ctx context.Context, cfg *Config) (err error) {
 	}
 	defer closeLog()
 	m, err := New(ctx, cfg, log)
+	if err != nil && ctx.Err() != nil {
+		return nil // told to end while it waited for somebody
+	}
 	if err != nil {
 		return err
 	}

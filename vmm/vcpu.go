@@ -3,9 +3,12 @@ package vmm
 import (
 	"fmt"
 	"runtime"
+	"sync/atomic"
 
 	"baton/boot"
 	"baton/kvm"
+
+	"golang.org/x/sys/unix"
 )
 
 // vcpu is one virtual processor and the thread that runs it.
@@ -13,12 +16,14 @@ type vcpu struct {
 	*kvm.VCPU
 	m     *Machine
 	power kvm.State // as KVM made it, before the first instruction
+	tid   atomic.Int32
 }
 
 // run executes the guest until the gate says that it is over. It is the hot path: bus
 // dispatch and KVM_RUN allocate nothing.
 func (c *vcpu) run() {
 	runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+	c.tid.Store(int32(unix.Gettid()))
 	setThreadName(fmt.Sprintf("CPU %d/KVM", c.ID()))
 	for c.m.gate.pass() {
 		reason, err := c.Run()
