@@ -125,14 +125,23 @@ func TestSignals(t *testing.T) {
 	}
 }
 
+// startsAgain checks that the guest, which says up whenever it starts, starts twice.
+func startsAgain(t *testing.T, g *harness.Guest) {
+	t.Helper()
+	g.WaitSerial(harness.Context(t, limit), "up\nup\n")
+	reset := g.WaitEvent(harness.Context(t, limit), "RESET")
+	if _, err := g.Events.WaitEvent(harness.Context(t, limit), reset.Seq, "RESUME", nil); err != nil {
+		t.Error(err)
+	}
+	if got := names(t, g); got != "RESUME RESET RESUME" {
+		t.Errorf("events %s", got)
+	}
+}
+
 func TestReset(t *testing.T) {
 	kernel := tiny.Kernel(t, tiny.Say("up\n"), tiny.Once(), tiny.Reset, tiny.Halt)
 	t.Run("again", func(t *testing.T) {
-		g := start(t, kernel)
-		g.WaitSerial(harness.Context(t, limit), "up\nup\n")
-		if got := names(t, g); got != "RESUME RESET RESUME" {
-			t.Errorf("events %s", got)
-		}
+		startsAgain(t, start(t, kernel))
 	})
 	t.Run("no-reboot", func(t *testing.T) {
 		g := start(t, kernel, "-no-reboot")
@@ -194,11 +203,7 @@ func TestTripleFault(t *testing.T) {
 		}
 	})
 	t.Run("is a reset", func(t *testing.T) {
-		g := start(t, tiny.Kernel(t, tiny.Say("up\n"), tiny.Once(), tiny.TripleFault))
-		g.WaitSerial(harness.Context(t, limit), "up\nup\n")
-		if got := names(t, g); got != "RESUME RESET RESUME" {
-			t.Errorf("events %s", got)
-		}
+		startsAgain(t, start(t, tiny.Kernel(t, tiny.Say("up\n"), tiny.Once(), tiny.TripleFault)))
 	})
 }
 
