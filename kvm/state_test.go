@@ -16,6 +16,9 @@ const (
 	msrPAT         = 0x277
 	msrDeadline    = 0x6e0
 	msrSTAR        = 0xc0000081
+
+	msrHVVPRuntime    = 0x40000010 // Hyper-V TLFS, 7.11
+	msrHVTimeRefCount = 0x40000020
 )
 
 // xmm3 is the register's place in the XSAVE area: Intel SDM vol. 1, 10.5.1.
@@ -76,7 +79,9 @@ func msr(s State, index uint32) uint64 {
 
 // stable returns the state without what moves on by itself.
 func stable(s State) State {
-	s.MSRs = slices.DeleteFunc(slices.Clone(s.MSRs), func(m MSR) bool { return m.Index == msrTSC })
+	s.MSRs = slices.DeleteFunc(slices.Clone(s.MSRs), func(m MSR) bool {
+		return m.Index == msrTSC || m.Index == msrHVVPRuntime || m.Index == msrHVTimeRefCount
+	})
 	binary.LittleEndian.PutUint32(s.LAPIC.Regs[0x390:], 0) // the timer's current count
 	return s
 }
