@@ -93,7 +93,7 @@ var notHere = map[string]string{
 	"-audio -audiodev -soundhw":                                "there is no sound",
 	"-tpmdev -fw_cfg -acpitable -smbios -uuid -dtb":            "baton writes its own ACPI tables; tell the guest by -append",
 	"-rtc -icount -no-hpet -no-acpi -no-fd-bootchk":            "the clocks are kvm-clock and a UTC RTC, ACPI is always there",
-	"-numa -mem-path":                                                        "RAM is one memfd, in huge pages by -object memory-backend-memfd,hugetlb=on",
+	"-numa -mem-path":                                                        "RAM is anonymous memory, in reserved huge pages by -object memory-backend-memfd,hugetlb=on",
 	"-snapshot -loadvm":                                                      "copy the image, or give it readonly=on",
 	"-virtfs -fsdev -iscsi":                                                  "baton shares no files: use -drive or the network",
 	"-parallel -debugcon -virtioconsole":                                     "use -serial, or virtconsole on a virtio-serial-pci",

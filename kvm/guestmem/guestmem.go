@@ -1,15 +1,18 @@
-// Package guestmem is the guest's RAM: one memfd per region, mapped shared, so that the
-// kernel (KVM, vhost, VFIO) and the VMM see the same pages, and one accessor through
-// which all of the VMM reaches them.
+// Package guestmem is the guest's RAM: one anonymous mapping per region, which the kernel
+// (KVM, vhost, VFIO) and the VMM share, and one accessor through which all of the VMM
+// reaches it.
 //
-//	guest-physical                     host
-//	0           ┌──────────┐  memfd 0  ┌──────────┐
-//	            │ low RAM  │ ────────> │ Host     │ <── Bytes(gpa, n)
-//	0xb0000000  ├──────────┤           └──────────┘
+//	guest-physical                    host
+//	0           ┌──────────┐          ┌──────────┐
+//	            │ low RAM  │ ───────> │ Host     │ <── Bytes(gpa, n)
+//	0xb0000000  ├──────────┤          └──────────┘
 //	            │ (devices)│  RangeError
-//	4 GiB       ├──────────┤  memfd 1  ┌──────────┐
-//	            │ high RAM │ ────────> │ Host     │
-//	            └──────────┘           └──────────┘
+//	4 GiB       ├──────────┤          ┌──────────┐
+//	            │ high RAM │ ───────> │ Host     │
+//	            └──────────┘          └──────────┘
+//
+// Anonymous memory, and not a memfd, because by default only that gets transparent huge
+// pages: a stock kernel then boots with a tenth of the nested page faults.
 //
 // The guest may change any byte at any time: copy first, then check, then use the copy.
 // The race detector does not watch this memory.
@@ -45,10 +48,9 @@ type Options struct {
 type Region struct {
 	GPA  uint64 // guest-physical base
 	Size uint64 // bytes
-	FD   int    // the memfd, whose offset 0 is GPA; owned by Memory, sealed against resizing
 	Host []byte // the mapping, Size bytes, never moved while Memory is open
 
-	mapping []byte // Host rounded up to the host's page size
+	mapping []byte // Host and what its alignment cost around it
 }
 
 // Memory is all of a guest's RAM. Its methods may be called from any goroutine; windows
@@ -105,15 +107,11 @@ func New(ranges []Range, o Options) (*Memory, error) {
 	return m, nil
 }
 
-// mapRegion creates, seals and maps the memfd of one range.
-func mapRegion(r Range, o Options) (_ Region, err error) {
-	flags := unix.MFD_CLOEXEC | unix.MFD_ALLOW_SEALING
-	switch o.PageSize {
-	case 2 << 20:
-		flags |= unix.MFD_HUGETLB | unix.MFD_HUGE_2MB
-	case 1 << 30:
-		flags |= unix.MFD_HUGETLB | unix.MFD_HUGE_1GB
-	}
+// hugePage is the alignment in bytes that lets guest and host share transparent huge pages.
+const hugePage = 2 << 20
+
+// mapRegion maps the memory of one range.
+func mapRegion(r Range, o Options) (Region, error) {
 	length := (r.Size + o.PageSize - 1) / o.PageSize * o.PageSize
 	fail := func(op string, err error) (Region, error) {
 		err = fmt.Errorf("guest memory %#x+%#x: %s: %w", r.Base, r.Size, op, err)
@@ -123,43 +121,43 @@ func mapRegion(r Range, o Options) (_ Region, err error) {
 		}
 		return Region{}, err
 	}
-	fd, err := unix.MemfdCreate("guest-ram", flags)
-	if err != nil {
-		return fail("memfd_create", err)
+	flags := unix.MAP_PRIVATE | unix.MAP_ANONYMOUS
+	slack := uint64(0)
+	switch o.PageSize {
+	case 1 << 30:
+		flags |= unix.MAP_HUGETLB | unix.MAP_HUGE_1GB
+	case 2 << 20:
+		flags |= unix.MAP_HUGETLB | unix.MAP_HUGE_2MB
+	default:
+		flags |= unix.MAP_NORESERVE
+		slack = hugePage
 	}
-	defer func() {
-		if err != nil {
-			_ = unix.Close(fd)
-		}
-	}()
-	if err := unix.Ftruncate(fd, int64(length)); err != nil {
-		return fail("ftruncate", err)
-	}
-	// Whoever is lent the descriptor must not be able to shrink the file under us (SIGBUS).
-	if _, err := unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_SEAL); err != nil {
-		return fail("seal", err)
-	}
-	mapping, err := unix.Mmap(fd, 0, int(length), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	mapping, err := unix.Mmap(-1, 0, int(length+slack), unix.PROT_READ|unix.PROT_WRITE, flags)
 	if err != nil {
 		return fail("mmap", err)
 	}
-	// Both are wishes: a core dump without the guest in it, and transparent huge pages
-	// where the host allows them for shared memory.
-	_ = unix.Madvise(mapping, unix.MADV_DONTDUMP)
-	_ = unix.Madvise(mapping, unix.MADV_HUGEPAGE)
+	host := mapping
+	if slack != 0 {
+		host = mapping[-address(mapping)%hugePage:][:length]
+	}
+	// Wishes: transparent huge pages, a core dump without the guest in it, and a child
+	// process (a network script) that does not copy what VFIO has pinned.
+	for _, advice := range []int{unix.MADV_HUGEPAGE, unix.MADV_DONTDUMP, unix.MADV_DONTFORK} {
+		_ = unix.Madvise(mapping, advice)
+	}
 	if o.Prealloc {
-		if err := unix.Madvise(mapping, unix.MADV_POPULATE_WRITE); err != nil {
+		if err := unix.Madvise(host, unix.MADV_POPULATE_WRITE); err != nil {
 			return fail("preallocate (MADV_POPULATE_WRITE, Linux 5.14)", errors.Join(err, unix.Munmap(mapping)))
 		}
 	}
-	return Region{GPA: r.Base, Size: r.Size, FD: fd, Host: mapping[:r.Size:r.Size], mapping: mapping}, nil
+	return Region{GPA: r.Base, Size: r.Size, Host: host[:r.Size:r.Size], mapping: mapping}, nil
 }
 
 // Close unmaps the memory. Nothing may use it any more: neither a vCPU nor a device.
 func (m *Memory) Close() error {
 	var errs []error
 	for _, r := range m.regions {
-		errs = append(errs, unix.Munmap(r.mapping), unix.Close(r.FD))
+		errs = append(errs, unix.Munmap(r.mapping))
 	}
 	m.regions = nil
 	return errors.Join(errs...)

@@ -9,7 +9,7 @@ import (
 // it. It stays valid until Close.
 func (m *Memory) HostAddr(gpa, n uint64) (uint64, error) {
 	b, err := m.Bytes(gpa, n)
-	return uint64(uintptr(unsafe.Pointer(unsafe.SliceData(b)))), err
+	return address(b), err
 }
 
 // word returns the n bytes at gpa for an atomic access.
@@ -91,4 +91,9 @@ func (m *Memory) Store64(gpa uint64, v uint64) error {
 	atomic.StoreUint64((*uint64)(p), v)
 	m.MarkDirty(gpa, 8)
 	return nil
+}
+
+// address is where a mapping lies in this process.
+func address(mapping []byte) uint64 {
+	return uint64(uintptr(unsafe.Pointer(unsafe.SliceData(mapping))))
 }
