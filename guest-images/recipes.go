@@ -66,7 +66,9 @@ func urootFiles(o options) ([]file, error) {
 	}
 	defer os.RemoveAll(dir)
 	bb := filepath.Join(dir, "bb")
-	makebb := []string{"go", "run", "github.com/u-root/gobusybox/src/cmd/makebb", "-gen-dir", filepath.Join(dir, "src"), "-o", bb}
+	// goshsmall: the shell's own line editor waits for a terminal's answers, which a script
+	// on the serial port does not give.
+	makebb := []string{"go", "run", "github.com/u-root/gobusybox/src/cmd/makebb", "-go-build-tags", "goshsmall", "-gen-dir", filepath.Join(dir, "src"), "-o", bb}
 	if _, err := output(o, append(makebb, cmds...)...); err != nil {
 		return nil, err
 	}
