@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"time"
 
 	"baton/kvm/guestmem"
@@ -60,7 +61,7 @@ func Open() (*Net, error) {
 // when it fails. The process becomes its owner: the addresses given to it are this one's.
 func NewNet(fd int) (*Net, error) {
 	n := &Net{fd: fd}
-	err := ioctl[byte](fd, setOwner, nil)
+	err := withoutSignals(func() error { return ioctl[byte](fd, setOwner, nil) })
 	if err == nil {
 		err = ioctl(fd, getFeatures, &n.features)
 	}
@@ -73,6 +74,23 @@ func NewNet(fd int) (*Net, error) {
 	}
 	n.broken = os.NewFile(uintptr(n.errFD), "vhost-net errors")
 	return n, nil
+}
+
+// withoutSignals calls f with all signals of the thread blocked. SET_OWNER starts the kernel
+// thread, which fails, with ENOMEM, while a signal is pending for the caller: such as
+// SIGURG, by which Go's scheduler interrupts goroutines.
+func withoutSignals(f func() error) error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var all, old unix.Sigset_t
+	for i := range all.Val {
+		all.Val[i] = ^all.Val[i]
+	}
+	if err := unix.PthreadSigmask(unix.SIG_SETMASK, &all, &old); err != nil {
+		return err
+	}
+	defer func() { _ = unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil) }()
+	return f()
 }
 
 // Features are the virtio feature bits that the kernel implements. Those of offloads are

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"os"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -120,6 +121,35 @@ func TestNewNetErrors(t *testing.T) {
 	}
 	if err := unix.Close(fd); err != unix.EBADF {
 		t.Errorf("the descriptor was left open")
+	}
+}
+
+// TestOpenUnderSignals has Go's scheduler interrupt the thread as often as can be.
+func TestOpenUnderSignals(t *testing.T) {
+	if _, err := os.Stat(device); err != nil {
+		t.Skipf("no vhost-net: %v", err)
+	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	tid := unix.Gettid()
+	var stop atomic.Bool
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for !stop.Load() {
+			_ = unix.Tgkill(unix.Getpid(), tid, unix.SIGURG)
+		}
+	}()
+	defer func() {
+		stop.Store(true)
+		<-ended
+	}()
+	for range 50 {
+		n, err := Open()
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.Close()
 	}
 }
 

@@ -147,7 +147,8 @@ func receive(t *testing.T, r *virtiotest.Ring) (header, frame []byte) {
 	if len(b) < tap.HeaderSize {
 		t.Fatalf("%d bytes were received", len(b))
 	}
-	for range binary.LittleEndian.Uint16(b[headerBuffers:]) - 1 {
+	// vhost leaves the field alone when buffers are not mergeable, before Linux 6.13.
+	for range max(1, binary.LittleEndian.Uint16(b[headerBuffers:])) - 1 {
 		req, n, ok := r.Poll()
 		if !ok {
 			t.Fatal("a part of the frame came later than the first")
@@ -193,7 +194,9 @@ func TestFrames(t *testing.T) {
 					for _, n := range tc.buffers {
 						length += n
 					}
-					if want = (tap.HeaderSize + len(got) + length - 1) / length; int(header[headerBuffers]) != want {
+					want = (tap.HeaderSize + len(got) + length - 1) / length
+					_, kernel := dev.(vectors).backend.(*vhostBackend)
+					if merge := tc.features&featureMergeRX != 0; int(header[headerBuffers]) != want && (merge || !kernel) {
 						t.Fatalf("frame %d in %d buffers, want %d", i, header[headerBuffers], want)
 					}
 					for range want {
