@@ -3,7 +3,6 @@ package net
 import (
 	"bytes"
 	"encoding/binary"
-	"fmt"
 	"os"
 	"runtime/debug"
 	"slices"
@@ -504,6 +503,6 @@ func TestOffload(t *testing.T) {
 		}
 	}
 	if f := h.Features(); f&(featureGuestCSUM|featureCSUM|featureGuestTSO4|featureHostTSO6) == 0 {
-		t.Error(fmt.Sprintf("features %#x", f))
+		t.Errorf("features %#x", f)
 	}
 }
