@@ -40,8 +40,7 @@ func main() {
 	os.Setenv("PATH", "/bin:/sbin:/usr/bin:/usr/sbin")
 	os.Setenv("HOME", "/")
 	for {
-		err := serve()
-		report(err)
+		report(serve())
 		time.Sleep(100 * time.Millisecond)
 	}
 }
@@ -66,13 +65,23 @@ func serve() error {
 	if err := makeRaw(fd); err != nil && !errors.Is(err, unix.ENOTTY) {
 		return fmt.Errorf("make %s raw: %w", path, err)
 	}
-	for {
-		// Reads end while the host's end is closed; there is no event for its return.
-		if err := proto.Serve(f, handle); err != nil {
-			return fmt.Errorf("serve on %s: %w", path, err)
-		}
+	return fmt.Errorf("serve on %s: %w", path, proto.Serve(port{f}, handle))
+}
+
+// port outlives its host's end. While that is closed, as on the way to another host, reads
+// end at once, and there is no event for its return; what runs goes on, and its answer
+// waits in the write.
+type port struct{ *os.File }
+
+// Read gives an empty line for the end of the input, which also ends a broken one.
+func (p port) Read(b []byte) (int, error) {
+	n, err := p.File.Read(b)
+	if err == io.EOF && len(b) > 0 {
 		time.Sleep(5 * time.Millisecond)
+		b[0] = '\n'
+		return 1, nil
 	}
+	return n, err
 }
 
 // waitPort returns the device of the agent's port, or of the first console when there is
