@@ -23,9 +23,8 @@ run=(./baton -enable-kvm -name demo -m 512 -smp 2 -nodefaults -nographic -serial
 	-drive "file=$work/disk.img,format=raw,if=none,id=disk0"
 	-device virtio-blk-pci,drive=disk0,bus=rp1)
 
-printf '$'
-printf ' %q' "${run[@]}"
-printf '\n'
+# What is run, as somebody would type it.
+echo "\$ $(printf '%s\n' "${run[@]}" | sed "/ /s/.*/'&'/" | paste -sd' ')"
 if [ -t 0 ]; then
 	exec "${run[@]}"
 fi
