@@ -244,7 +244,7 @@ func (b *builder) netBackend(n *Netdev) (_ net.Backend, err error) {
 		return net.NewTAP(t), nil
 	}
 	var kernel []*vhost.Net
-	for range n.Queues {
+	for range t.Queues() {
 		v, err := vhost.Open()
 		if err != nil {
 			for _, v := range kernel {
