@@ -178,6 +178,8 @@ func TestLoadRefuses(t *testing.T) {
 		{"big endian", edit(elf64(ok), elf.EI_DATA, 2), "ELF"},
 		{"ELF header only", elf64(ok)[:40], "read 40 bytes of ELF"},
 		{"ELF cut short", elf64(ok)[:6000], "truncated: a segment takes 4096 bytes from 4096 on, the file has 6000"},
+		{"section headers cut off", edit(edit(elf64(ok), 40, 0, 0, 0x10), 60, 1), "truncated: its section headers are at byte 1048576, the file has 8192"},
+		{"too many segments", elf64(make([]seg, 65)...), "66 program headers, more than 64"},
 		{"offset overflow", edit(elf64(ok), 64+56+8, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff), ""},
 		{"file more than memory", elf64(seg{0x1000, 0x10_0000, 100, code(4096)}), "has more bytes in the file"},
 		{"too big for RAM", elf64(seg{0x1000, 0x10_0000, 64 * mib, nil}), "is not in RAM, which ends at 0x4000000\ngive the guest more memory"},

@@ -15,6 +15,7 @@ import (
 
 const (
 	maxNotes        = 64 << 10
+	maxSegments     = 64 // Linux has 5
 	notePHYS32Entry = 18 // XEN_ELFNOTE_PHYS32_ENTRY: Xen, public/elfnote.h
 )
 
@@ -30,7 +31,15 @@ func isELF(head []byte) bool { return bytes.HasPrefix(head, []byte(elf.ELFMAG)) 
 func parseELF(src io.ReaderAt, n uint64, m Map) (program, error) {
 	f, err := elf.NewFile(io.NewSectionReader(src, 0, int64(n)))
 	if err != nil {
+		var h elf.Header64
+		_ = binary.Read(io.NewSectionReader(src, 0, int64(n)), binary.LittleEndian, &h)
+		if h.Ident[elf.EI_CLASS] == byte(elf.ELFCLASS64) && h.Shoff > n { // they end most ELF files
+			return program{}, fmt.Errorf("truncated: its section headers are at byte %d, the file has %d", h.Shoff, n)
+		}
 		return program{}, fmt.Errorf("read %d bytes of ELF: %w", n, err)
+	}
+	if len(f.Progs) > maxSegments {
+		return program{}, fmt.Errorf("ELF file with %d program headers, more than %d", len(f.Progs), maxSegments)
 	}
 	if f.Data != elf.ELFDATA2LSB || f.Machine != elf.EM_X86_64 && f.Machine != elf.EM_386 {
 		return program{}, fmt.Errorf("ELF file for another machine (%v)", f.Machine)
