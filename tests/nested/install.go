@@ -20,9 +20,15 @@ type need struct {
 	have func() bool
 }
 
+// sbin is where some of the programs are; a user's PATH may lack it.
+const sbin = "/usr/sbin"
+
 func program(name string) func() bool {
 	return func() bool {
 		_, err := exec.LookPath(name)
+		if err != nil {
+			_, err = exec.LookPath(filepath.Join(sbin, name))
+		}
 		return err == nil
 	}
 }
@@ -39,6 +45,7 @@ func needs(codename string) []need {
 		{"iproute2", program("ip")},
 		{"iputils-ping", program("ping")},
 		{"iperf3", program("iperf3")},
+		{"busybox-static", program("busybox")}, // of the guests' images
 		{"kmod", program("modprobe")},
 		{"pciutils", program("lspci")},
 		{"ethtool", program("ethtool")},

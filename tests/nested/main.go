@@ -151,10 +151,13 @@ func (e env) build(ctx context.Context, args ...string) error {
 	return nil
 }
 
-// environ is what programs in L1 see: our environment, with L1's own temporary folder.
+// environ is what programs in L1 see: our environment, with L1's own temporary folder and
+// the system's programs in reach.
 func environ(extra ...string) []string {
-	env := slices.DeleteFunc(os.Environ(), func(kv string) bool { return strings.HasPrefix(kv, "TMPDIR=") })
-	return slices.Concat(env, []string{"TMPDIR=/run/tmp", "BATON_TEST=nested"}, extra)
+	env := slices.DeleteFunc(os.Environ(), func(kv string) bool {
+		return strings.HasPrefix(kv, "TMPDIR=") || strings.HasPrefix(kv, "PATH=")
+	})
+	return slices.Concat(env, []string{"PATH=" + os.Getenv("PATH") + ":" + sbin, "TMPDIR=/run/tmp", "BATON_TEST=nested"}, extra)
 }
 
 func (e env) shell(ctx context.Context, argv []string) (int, error) {

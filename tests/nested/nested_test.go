@@ -280,8 +280,9 @@ func TestExitProblem(t *testing.T) {
 
 func TestEnviron(t *testing.T) {
 	t.Setenv("TMPDIR", "/somewhere/else")
+	t.Setenv("PATH", "/bin")
 	env := environ("A=1")
-	if slices.Contains(env, "TMPDIR=/somewhere/else") || !slices.Contains(env, "TMPDIR=/run/tmp") || !slices.Contains(env, "A=1") {
+	if slices.Contains(env, "TMPDIR=/somewhere/else") || !slices.Contains(env, "TMPDIR=/run/tmp") || !slices.Contains(env, "A=1") || !slices.Contains(env, "PATH=/bin:"+sbin) {
 		t.Error(env)
 	}
 }

@@ -18,6 +18,7 @@ type testEvent struct {
 	Test       string
 	Elapsed    float64
 	Output     string
+	Key, Value string // of an attribute: testing.T.Attr
 }
 
 // A report reads test events and tells people what matters in them: each result, all that
@@ -86,6 +87,8 @@ func (r *report) event(e testEvent) {
 		r.running[id] = time.Now()
 	case "output":
 		r.output[id] = append(r.output[id], e.Output)
+	case "attr":
+		r.say("      %s: %s", e.Key, e.Value)
 	case "build-output":
 		r.build[e.ImportPath] = append(r.build[e.ImportPath], e.Output)
 	case "build-fail":
