@@ -31,9 +31,9 @@ const (
 	EnvPFs       = "BATON_PFS"       // on a host: names of the SR-IOV NICs to use, by comma
 )
 
-// Main is the TestMain of every suite. It runs nothing on a machine that has not been set
+// Main is the TestMain of every suite, m its *testing.M. It runs nothing on a machine that has not been set
 // up as a host under test.
-func Main(m *testing.M) {
+func Main(m interface{ Run() int }) {
 	switch where := os.Getenv(EnvTest); where {
 	case "nested", "host":
 		os.Exit(m.Run())

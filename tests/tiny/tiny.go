@@ -99,7 +99,7 @@ func ELF(code Code) []byte {
 		Phoff: 52, Ehsize: 52, Phentsize: 32, Phnum: 2, Shentsize: 40,
 	}
 	loads := []elf.Prog32{
-		{Type: uint32(elf.PT_NOTE), Off: 0x800, Filesz: uint32(len(note)), Memsz: uint32(len(note))},
+		{Type: uint32(elf.PT_NOTE), Off: 0x800, Filesz: uint32(len(note)), Memsz: uint32(len(note)), Align: 4},
 		{Type: uint32(elf.PT_LOAD), Off: header, Vaddr: base, Paddr: base, Filesz: uint32(len(code)), Memsz: uint32(len(code)), Flags: uint32(elf.PF_R | elf.PF_X)},
 	}
 	file := make([]byte, header, header+len(code))

@@ -1,0 +1,55 @@
+// Package bench compares baton with QEMU: the same kernel, initrd, memory and virtio devices
+// on the same host, one run of each in turn, so that what else the host does hits both.
+//
+//	TestLinux   for each run:  start ──> BATON-READY ──> memory ──> disk ──> network
+//	TestExits   a guest of a few instructions that only exits
+//	TestGokvm   whether the other VMM in Go boots this kernel, and how fast
+//
+// A missed target is a line in the table, not a failed test: what fails is a measurement.
+// `make bench` runs it, TestExits also on the machine's own KVM, and shows the tables. They
+// are in the artifacts as table.txt and results.json.
+package bench
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+)
+
+// ownMemory sums up what a process has for itself, in bytes: the private pages of its
+// mappings in smaps (proc(5)), without the one that is the guest's RAM, known by its size:
+// it may be larger by what aligns it to huge pages.
+func ownMemory(smaps io.Reader, guestRAM uint64) (private uint64, err error) {
+	const kib = 1 << 10
+	const alignment = 2 << 20
+	isGuest, guests := false, 0
+	lines := bufio.NewScanner(smaps)
+	for lines.Scan() {
+		key, rest, _ := strings.Cut(lines.Text(), ":")
+		var value uint64
+		if field, _, ok := strings.Cut(strings.TrimSpace(rest), " kB"); ok {
+			if value, err = strconv.ParseUint(field, 10, 64); err != nil {
+				return 0, fmt.Errorf("smaps: %s: %w", key, err)
+			}
+		}
+		switch key {
+		case "Size":
+			if isGuest = value*kib >= guestRAM && value*kib <= guestRAM+alignment; isGuest {
+				guests++
+			}
+		case "Private_Clean", "Private_Dirty":
+			if !isGuest {
+				private += value * kib
+			}
+		}
+	}
+	if err := lines.Err(); err != nil {
+		return 0, err
+	}
+	if guests != 1 {
+		return 0, fmt.Errorf("smaps: %d mappings have the size of the guest's RAM", guests)
+	}
+	return private, nil
+}

@@ -1,0 +1,185 @@
+package bench
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"baton/tests/harness"
+)
+
+const (
+	guestMiB  = 256
+	diskMiB   = 64
+	tapName   = "bench0"
+	hostAddr  = "10.77.0.1"
+	guestAddr = "10.77.0.2"
+	guestMAC  = "02:00:00:00:77:02"
+	cmdline   = "console=ttyS0 quiet panic=-1"
+)
+
+// TestLinux measures all that a stock kernel shows, in one life of the guest.
+func TestLinux(t *testing.T) {
+	disk := tmpfsDisk(t)
+	harness.Tap(t, tapName, 1)
+	harness.Addr(t, tapName, hostAddr+"/24")
+	results.notef("guest: 1 vCPU, %d MiB, stock Debian kernel; disk on tmpfs, QEMU's with its default aio=threads; vhost-net", guestMiB)
+	for i := range runs {
+		for _, c := range contenders(t, "host") {
+			// Each guest's undoing belongs to its own run.
+			t.Run(fmt.Sprintf("%s/%d", c.name, i+1), func(t *testing.T) { measureLinux(t, c, disk) })
+		}
+	}
+}
+
+func measureLinux(t *testing.T, c contender, disk string) {
+	g := harness.Start(t, harness.GuestConfig{VMM: c.vmm, Args: append(c.args[:len(c.args):len(c.args)],
+		"-m", fmt.Sprint(guestMiB), "-smp", "1",
+		"-kernel", harness.Image(t, "vmlinuz"), "-initrd", harness.Image(t, "test.cpio"), "-append", cmdline,
+		"-drive", "file="+disk+",format=raw,if=none,id=d0,cache=writeback", "-device", "virtio-blk-pci,drive=d0",
+		"-netdev", "tap,id=n0,ifname="+tapName+",script=no,downscript=no,vhost=on", "-device", "virtio-net-pci,netdev=n0,mac="+guestMAC,
+	)})
+	ctx := harness.Context(t, 2*time.Minute)
+	g.WaitSerial(ctx, "^BATON-READY")
+	record(t, c, "start to guest userspace", "s", target{MaxRatio: 0.6}, time.Since(g.Started()).Seconds())
+
+	g.Output(ctx, "@addr", guestMAC, guestAddr+"/24")
+	record(t, c, "memory of the VMM", "MiB", target{Max: 20, MaxRatio: 0.5}, vmmMemory(t, g.PID()))
+
+	const fast = 0.9
+	record(t, c, "disk, 4 KiB random reads", "IOPS", target{MinRatio: fast}, readDisk(t, ctx, g, "4096", "random", 1).IOPS)
+	record(t, c, "disk, 4 KiB random reads, 4 at once", "IOPS", target{MinRatio: fast}, readDisk(t, ctx, g, "4096", "random", 4).IOPS)
+	record(t, c, "disk, 1 MiB sequential reads", "MiB/s", target{MinRatio: fast}, readDisk(t, ctx, g, "1048576", "seq", 1).MiBPS)
+
+	g.Output(ctx, "@tcp-serve", guestAddr+":5001")
+	startServer(t)
+	for _, streams := range []string{"1", "4"} {
+		to, err := exec.CommandContext(ctx, nettool(t), "send", guestAddr+":5001", streams, "2").CombinedOutput()
+		if err != nil {
+			t.Fatalf("send to the guest: %v\n%s", err, to)
+		}
+		from := g.Output(ctx, "@tcp-send", hostAddr+":5001", streams, "2")
+		for direction, out := range map[string]string{"to": string(to), "from": from} {
+			var r struct {
+				MbitPS float64 `json:"mbit_s"`
+			}
+			decode(t, out, &r)
+			record(t, c, fmt.Sprintf("TCP %s the guest, %s stream(s)", direction, streams), "Mbit/s", target{MinRatio: 0.95}, r.MbitPS)
+		}
+	}
+	if n := strings.Count(g.Serial.String(), "BATON-READY"); n != 1 || g.Events.Len() > 0 && strings.Contains(g.Events.String(), `"RESET"`) {
+		t.Errorf("the guest started %d times, or was reset", n)
+	}
+}
+
+// vmmMemory returns what the process has for itself, in MiB.
+func vmmMemory(t *testing.T, pid int) float64 {
+	f, err := os.Open(fmt.Sprintf("/proc/%d/smaps", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	n, err := ownMemory(f, guestMiB<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return float64(n) / (1 << 20)
+}
+
+type diskResult struct {
+	IOPS  float64 `json:"iops"`
+	MiBPS float64 `json:"mib_s"`
+}
+
+// readDisk lets that many readers in the guest read for 2 s, past its page cache.
+func readDisk(t *testing.T, ctx context.Context, g *harness.Guest, size, order string, readers int) (sum diskResult) {
+	type answer struct {
+		harness.Result
+		error
+	}
+	answers := make(chan answer, readers)
+	for range readers {
+		go func() {
+			r, err := g.Run(ctx, "@blkread", "/dev/vda", size, "0", order, "2")
+			answers <- answer{r, err}
+		}()
+	}
+	for range readers {
+		a := <-answers
+		if a.error != nil {
+			t.Fatal(a.error)
+		}
+		var r diskResult
+		decode(t, a.Stdout, &r)
+		sum.IOPS += r.IOPS
+		sum.MiBPS += r.MiBPS
+	}
+	return sum
+}
+
+func decode(t *testing.T, text string, v any) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(text), v); err != nil {
+		t.Fatalf("%v in %q", err, text)
+	}
+}
+
+// tmpfsDisk makes a disk image that no real disk stands behind.
+func tmpfsDisk(t *testing.T) string {
+	const dir = "/dev/shm"
+	var fs unix.Statfs_t
+	if err := unix.Statfs(dir, &fs); err != nil || fs.Type != unix.TMPFS_MAGIC {
+		t.Fatalf("%s is no tmpfs: %v", dir, err)
+	}
+	f, err := os.CreateTemp(dir, "bench-disk")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.Remove(f.Name()) })
+	defer f.Close()
+	block := make([]byte, 1<<20)
+	for range diskMiB {
+		rand.Read(block) // no holes
+		if _, err := f.Write(block); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return f.Name()
+}
+
+// startServer runs the host's receiver of TCP streams until the test ends.
+func startServer(t *testing.T) {
+	server := exec.Command(nettool(t), "serve", hostAddr+":5001")
+	out, err := server.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := server.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { server.Process.Kill(); server.Wait() })
+	if _, err := out.Read(make([]byte, 64)); err != nil { // its address: it listens
+		t.Fatalf("nettool: %v", err)
+	}
+}
+
+func nettool(t *testing.T) string { return tool(t, "nettool") }
+
+// tool returns the path of a program that `make bench` builds.
+func tool(t *testing.T, name string) string {
+	t.Helper()
+	path := filepath.Join(os.Getenv(harness.EnvRepo), ".cache", "bin", name)
+	if _, err := os.Stat(path); err != nil {
+		t.Fatalf("%v\n`make bench` builds it", err)
+	}
+	return path
+}
