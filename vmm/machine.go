@@ -103,6 +103,7 @@ func (m *Machine) buildCore(sys *kvm.System) (err error) {
 	if m.layout, err = boot.Layout(m.cfg.Memory.Size, physBits(sys)); err != nil {
 		return err
 	}
+	m.layout.ECAM.Size = uint64(m.buses()) * busWindow
 	m.mem, err = guestmem.New(m.layout.RAM(), guestmem.Options{PageSize: m.cfg.Memory.HugePages, Prealloc: m.cfg.Memory.Prealloc})
 	if err != nil {
 		return err
@@ -126,6 +127,22 @@ func (m *Machine) buildCore(sys *kvm.System) (err error) {
 	}
 	m.irq = newIRQRouter(m.kvm)
 	return nil
+}
+
+// busWindow is a bus's part of the ECAM, in bytes: PCIe 7.2.2.
+const busWindow = 1 << 20
+
+// buses is how many PCI buses there are: the root bus and one behind each port. The guest is
+// shown an ECAM of just those, because Linux looks for devices on every bus that it covers,
+// 32 exits each.
+func (m *Machine) buses() int {
+	n := 1
+	for i := range m.cfg.Devices {
+		if m.cfg.Devices[i].Driver == "pcie-root-port" {
+			n++
+		}
+	}
+	return n
 }
 
 // physBits is the width of the vCPUs' physical addresses: CPUID 0x80000008, EAX[7:0].
