@@ -126,9 +126,16 @@ func Start(t testing.TB, c GuestConfig) *Guest {
 	}()
 	t.Cleanup(func() {
 		if t.Failed() {
-			t.Logf("%s: %s\nserial:\n%s\nstderr:\n%s", g.name, g.cmd, g.Serial.Tail(30), g.Stderr.Tail(30))
+			// One that is about to end has something to say.
+			select {
+			case <-g.ended:
+			case <-time.After(time.Second):
+			}
 		}
 		g.Kill()
+		if t.Failed() {
+			t.Logf("%s: %s: %v\nserial:\n%s\nstderr:\n%s", g.name, g.cmd, g.cmd.ProcessState, g.Serial.Tail(30), g.Stderr.Tail(30))
+		}
 	})
 	return g
 }
