@@ -32,6 +32,7 @@ var verbs = map[string]verb{
 	"@lspci":     {"", 0, func([]string) (any, error) { return guest.PCITree("") }, nil},
 	"@cat":       {"FILE", 1, func(a []string) (any, error) { b, err := os.ReadFile(a[0]); return string(b), err }, nil},
 	"@blkread":   {"DEV BLOCKSIZE COUNT random|seq SECONDS", 5, blkRead, nil},
+	"@fallocate": {"FILE zero|punch OFFSET LENGTH", 4, fallocate, nil},
 	"@tcp-serve": {"ADDR", 1, tcpServe, nil},
 	"@tcp-send":  {"ADDR STREAMS SECONDS", 3, tcpSend, nil},
 	"@modprobe":  {"NAME", 1, func(a []string) (any, error) { return "", guest.LoadModule(a[0]) }, nil},
@@ -148,6 +149,28 @@ func echoRequest(id, seq uint16) []byte {
 	}
 	binary.BigEndian.PutUint16(p[2:], ^uint16(sum+sum>>16))
 	return p
+}
+
+// fallocate zeroes a range of a file or block device: it stays allocated, or becomes a hole.
+func fallocate(a []string) (any, error) {
+	mode, ok := map[string]uint32{"zero": unix.FALLOC_FL_ZERO_RANGE, "punch": unix.FALLOC_FL_PUNCH_HOLE}[a[1]]
+	if !ok {
+		return nil, fmt.Errorf("mode %q is neither zero nor punch", a[1])
+	}
+	off, err := strconv.ParseInt(a[2], 10, 64)
+	if err != nil {
+		return nil, err
+	}
+	n, err := strconv.ParseInt(a[3], 10, 64)
+	if err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(a[0], os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return "", unix.Fallocate(int(f.Fd()), mode|unix.FALLOC_FL_KEEP_SIZE, off, n)
 }
 
 func tcpServe(a []string) (any, error) {
