@@ -100,13 +100,15 @@ func PCITree(root string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	var b strings.Builder
-	slices.Sort(links)
+	var paths []string
 	for _, l := range links {
-		path, err := filepath.EvalSymlinks(l)
-		if err != nil {
-			continue // unplugged since
+		if path, err := filepath.EvalSymlinks(l); err == nil { // else it was unplugged since
+			paths = append(paths, path)
 		}
+	}
+	slices.Sort(paths) // a bridge's directory comes before, and holds, what is behind it
+	var b strings.Builder
+	for _, path := range paths {
 		attr := func(name string) string {
 			v, _ := os.ReadFile(filepath.Join(path, name))
 			return strings.TrimPrefix(strings.TrimSpace(string(v)), "0x")

@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// TestPCITree has a root port with a NIC behind it, and a function without a driver.
+// TestPCITree has a root port with a NIC behind it, a free one, and a function without a driver.
 func TestPCITree(t *testing.T) {
 	root := t.TempDir()
 	add := func(path, class, vendor, device, driver string) {
@@ -24,13 +24,15 @@ func TestPCITree(t *testing.T) {
 	}
 	add("0000:00:02.0/0000:01:00.0", "020000", "1af4", "1041", "virtio-pci")
 	add("0000:00:02.0", "060400", "1b36", "000c", "pcieport")
+	add("0000:00:03.0", "060400", "1b36", "000c", "pcieport")
 	add("0000:00:00.0", "060000", "8086", "29c0", "")
-	must(t, os.Symlink("/nowhere", filepath.Join(root+pciDevices, "0000:00:03.0"))) // unplugged just now
+	must(t, os.Symlink("/nowhere", filepath.Join(root+pciDevices, "0000:00:04.0"))) // unplugged just now
 	got, err := PCITree(root)
 	must(t, err)
 	want := "0000:00:00.0 class 060000 id 8086:29c0 -\n" +
 		"0000:00:02.0 class 060400 id 1b36:000c pcieport\n" +
-		"  0000:01:00.0 class 020000 id 1af4:1041 virtio-pci\n"
+		"  0000:01:00.0 class 020000 id 1af4:1041 virtio-pci\n" +
+		"0000:00:03.0 class 060400 id 1b36:000c pcieport\n"
 	if got != want {
 		t.Errorf("got\n%swant\n%s", got, want)
 	}
