@@ -26,13 +26,14 @@ type terminal struct {
 	master       *os.File
 	slave        *os.File
 	cmd          *exec.Cmd
+	before       unix.Termios // how the terminal was before baton had it
 }
 
 // openTerminal starts baton on a terminal of its own.
 func openTerminal(t *testing.T, args ...string) *terminal {
 	t.Helper()
 	master, slave := ptyPair(t)
-	c := &terminal{harness.NewLog(), master, slave, exec.Command(harness.Baton(t), args...)}
+	c := &terminal{harness.NewLog(), master, slave, exec.Command(harness.Baton(t), args...), termios(t, slave)}
 	c.cmd.Stdin, c.cmd.Stdout, c.cmd.Stderr = c.slave, c.slave, c.slave
 	c.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
 	if err := c.cmd.Start(); err != nil {
@@ -117,7 +118,6 @@ func TestTerminal(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			c := openTerminal(t, "-kernel", kernel)
-			before := termios(t, c.slave)
 			c.typeAndSee(t, "", "^up$")
 			if now := termios(t, c.slave); now.Lflag&(unix.ICANON|unix.ECHO|unix.ISIG) != 0 {
 				t.Errorf("the terminal is not raw: lflag %#x", now.Lflag)
@@ -137,8 +137,8 @@ func TestTerminal(t *testing.T) {
 			case <-harness.Context(t, limit).Done():
 				t.Fatal("still runs")
 			}
-			if now := termios(t, c.slave); now != before {
-				t.Errorf("the terminal was\n%+v\nand is\n%+v", before, now)
+			if now := termios(t, c.slave); now != c.before {
+				t.Errorf("the terminal was\n%+v\nand is\n%+v", c.before, now)
 			}
 		})
 	}
