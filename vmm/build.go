@@ -235,14 +235,46 @@ func (b *builder) netBackend(n *Netdev) (_ net.Backend, err error) {
 	if err != nil {
 		return nil, err
 	}
+	end := hostEnd{net.NewTAP(t), n.DownScript, t.Name()}
 	if len(n.FDs) == 0 {
-		if err := b.netUp(n, t); err != nil {
-			return nil, errors.Join(err, t.Close())
+		err = b.netUp(n, t)
+	}
+	if err == nil && n.VHost {
+		var kernel net.Backend
+		if kernel, err = vhostBackend(t); err == nil {
+			end.Backend = kernel
 		}
 	}
-	if !n.VHost {
-		return net.NewTAP(t), nil
+	if err != nil {
+		return nil, errors.Join(err, end.Close())
 	}
+	return end, nil
+}
+
+// netUp makes the host's end of the link ready: by the user's script if there is one.
+func (b *builder) netUp(n *Netdev, t *tap.TAP) error {
+	if n.Script == "" {
+		return t.SetUp()
+	}
+	return runScript(b.ctx, n.Script, t.Name())
+}
+
+// hostEnd is a backend whose TAP is still there when the user's script takes it down.
+type hostEnd struct {
+	net.Backend
+	script, name string
+}
+
+func (e hostEnd) Close() error {
+	var err error
+	if e.script != "" {
+		err = runScript(context.Background(), e.script, e.name)
+	}
+	return errors.Join(err, e.Backend.Close())
+}
+
+// vhostBackend opens vhost-net for each queue of the TAP.
+func vhostBackend(t *tap.TAP) (net.Backend, error) {
 	var kernel []*vhost.Net
 	for range t.Queues() {
 		v, err := vhost.Open()
@@ -250,23 +282,11 @@ func (b *builder) netBackend(n *Netdev) (_ net.Backend, err error) {
 			for _, v := range kernel {
 				err = errors.Join(err, v.Close())
 			}
-			return nil, errors.Join(err, t.Close())
+			return nil, err
 		}
 		kernel = append(kernel, v)
 	}
 	return net.NewVhost(t, kernel)
-}
-
-// netUp makes the host's end of the link ready: by the user's script if there is one.
-func (b *builder) netUp(n *Netdev, t *tap.TAP) error {
-	if n.DownScript != "" {
-		name := t.Name()
-		b.onClose(func() error { return runScript(context.Background(), n.DownScript, name) })
-	}
-	if n.Script == "" {
-		return t.SetUp()
-	}
-	return runScript(b.ctx, n.Script, t.Name())
 }
 
 // runScript runs a script of the user's with the TAP's name as its argument, as QEMU does.
