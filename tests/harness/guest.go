@@ -75,8 +75,8 @@ func Start(t testing.TB, c GuestConfig) *Guest {
 	}
 	var pipes []*os.File // the child's ends
 	if !isQEMU {
-		// /dev/fd/3 is a pipe: it can be read to its end without polling, as a file cannot.
-		args = append(args, "-event-log", "/dev/fd/3")
+		// /proc/self/fd/3 is a pipe: it can be read to its end without polling, as a file cannot.
+		args = append(args, "-event-log", "/proc/self/fd/3")
 	}
 	g.cmd = exec.Command(c.VMM, args...)
 	g.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
