@@ -36,8 +36,12 @@ test-long: ## the same with long fuzzing and the suites' long forms
 demo: $(NESTED) build images ## boot a stock Debian kernel on baton in the nested host: its PCIe tree, its disk, a ping
 	@if [ -t 0 ]; then $(NESTED) shell tests/demo/demo.sh; else $(NESTED) exec -- tests/demo/demo.sh; fi
 
-bench: $(NESTED) build images ## compare with QEMU, in the nested host
-	@$(NESTED) run -limit 60m -out $(CACHE)/bench -json $(CACHE)/bench.json ./tests/bench/...
+bench: $(NESTED) build images $(CACHE)/bin/gokvm ## compare with QEMU, in the nested host and, by a tiny guest, on this machine
+	@cd guest-images && $(GO) build -o $(CACHE)/bin/nettool ./cmds/nettool
+	@mkdir -p $(CACHE)/bench-here
+	@BATON_TEST=host BATON_ARTIFACTS=$(CACHE)/bench-here $(NESTED) run -run TestExits -json $(CACHE)/bench-here.json ./tests/bench
+	@$(NESTED) run -limit 60m -out $(CACHE)/bench -json $(CACHE)/bench.json ./tests/bench
+	@cat $(CACHE)/bench-here/table.txt $(CACHE)/bench/bench/table.txt
 
 images: ## build the guests' initramfs images into .cache/images
 	@cd guest-images && $(GO) run . test demo
@@ -81,6 +85,10 @@ test-suites: $(NESTED)
 $(NESTED): FORCE
 	@mkdir -p $(@D)
 	@$(GO) build -o $@ ./tests/nested
+
+$(CACHE)/bin/gokvm: tools/go.mod
+	@mkdir -p $(@D)
+	@cd tools && $(GO) build -o $@ github.com/bobuhiro11/gokvm
 
 $(CACHE)/bin/staticcheck: tools/go.mod
 	@mkdir -p $(@D)
