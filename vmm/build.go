@@ -230,7 +230,7 @@ func (b *builder) virtioNet(d *Device) (pci.Function, error) {
 
 // netBackend opens the TAP of a netdev, runs its script and puts vhost-net or the VMM
 // behind it.
-func (b *builder) netBackend(n *Netdev) (_ net.Backend, err error) {
+func (b *builder) netBackend(n *Netdev) (net.Backend, error) {
 	t, err := tap.Open(tap.Config{Name: n.IfName, Queues: n.Queues, FDs: n.FDs})
 	if err != nil {
 		return nil, err
