@@ -31,8 +31,12 @@ type Config struct {
 	Blockdevs []Blockdev    `json:"blockdev,omitempty"`
 	Chardevs  []Chardev     `json:"chardev,omitempty"`
 	Serials   []string      `json:"serial,omitempty"` // COM1 first: a char.Parse string, or "chardev:ID"
+	Monitors  []Monitor     `json:"mon,omitempty"`
 	Devices   []Device      `json:"device,omitempty"`
 	NoReboot  bool          `json:"no-reboot,omitempty"` // a guest's reset ends baton
+	// NoShutdown stops the machine where it would end otherwise, for a client to look at.
+	NoShutdown bool `json:"no-shutdown,omitempty"`
+	Paused     bool `json:"S,omitempty"` // no vCPU runs until a client says so
 	// NoDefaults leaves out the serial port on stdio that a machine without -serial has.
 	NoDefaults bool   `json:"nodefaults,omitempty"`
 	PIDFile    string `json:"pidfile,omitempty"`
@@ -88,6 +92,12 @@ type Blockdev struct {
 type Chardev struct {
 	ID   string `json:"id"`
 	Spec string `json:"spec"`
+}
+
+// Monitor is where clients that control the machine connect to.
+type Monitor struct {
+	Mode string `json:"mode"` // "control": QMP
+	Spec string `json:"spec"` // as a Serial
 }
 
 // Device is one -device. Its JSON is QEMU's: one flat object of "driver", "id", "bus",

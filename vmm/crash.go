@@ -11,7 +11,7 @@ import (
 // crash reports that vCPU c cannot go on and asks the main loop to end the machine.
 func (m *Machine) crash(c *vcpu, cause string) {
 	m.log.Error("guest crashed\n" + m.describe(c, cause))
-	m.events.Publish("GUEST_CRASHED", crashData{c.ID(), cause})
+	m.events.Publish("GUEST_CRASHED", crashData{int64(c.ID()), cause})
 	m.request(requestCrash, "internal-error")
 }
 
@@ -32,11 +32,15 @@ func (m *Machine) panicked() {
 		}
 	}
 	m.log.Error(report)
-	m.events.Publish("GUEST_PANICKED", map[string]string{"action": "run"})
+	m.events.Publish("GUEST_PANICKED", panicData{"run"})
+}
+
+type panicData struct {
+	Action string `json:"action"` // what becomes of the guest
 }
 
 type crashData struct {
-	CPU   int    `json:"cpu-index"`
+	CPU   int64  `json:"cpu-index"`
 	Cause string `json:"cause"`
 }
 

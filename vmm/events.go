@@ -7,30 +7,12 @@ import (
 	"iter"
 	"sync"
 	"time"
+
+	"baton/vmm/qmp"
 )
 
-// Event is something that happened to the machine. Its JSON form is QMP's (QEMU's
-// qmp-spec, 2.4.2 "Asynchronous events") plus the sequence number.
-type Event struct {
-	Seq  uint64    // 1 for the first event of the process, without gaps
-	Time time.Time // host's wall clock
-	Name string    // upper case, such as RESUME
-	Data any       // nil or something that marshals to a JSON object
-}
-
-// MarshalJSON renders the event as QMP does.
-func (e Event) MarshalJSON() ([]byte, error) {
-	type stamp struct {
-		Seconds      int64 `json:"seconds"`
-		Microseconds int64 `json:"microseconds"`
-	}
-	return json.Marshal(struct {
-		Timestamp stamp  `json:"timestamp"`
-		Event     string `json:"event"`
-		Data      any    `json:"data,omitempty"`
-		Seq       uint64 `json:"seq"`
-	}{stamp{e.Time.Unix(), int64(e.Time.Nanosecond() / 1000)}, e.Name, e.Data, e.Seq})
-}
+// Event is something that happened to the machine.
+type Event = qmp.Event
 
 // eventHistory is how many events a reader may lag behind before it misses some.
 const eventHistory = 4096
@@ -56,7 +38,7 @@ func (b *EventBus) Publish(name string, data any) {
 		return
 	}
 	b.seq++
-	b.recent = append(b.recent, Event{b.seq, time.Now(), name, data})
+	b.recent = append(b.recent, Event{Seq: b.seq, Time: time.Now(), Name: name, Data: data})
 	if len(b.recent) > eventHistory {
 		b.recent = append([]Event(nil), b.recent[len(b.recent)-eventHistory/2:]...)
 	}
@@ -74,32 +56,35 @@ func (b *EventBus) Close() {
 	}
 }
 
+// Poll is qmp.EventSource: it does not wait.
+func (b *EventBus) Poll(seq uint64) (events []Event, next uint64, more <-chan struct{}) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for i, e := range b.recent {
+		if e.Seq >= seq {
+			events = b.recent[i:len(b.recent):len(b.recent)]
+			break
+		}
+	}
+	if !b.closed {
+		more = b.more
+	}
+	return events, b.seq + 1, more
+}
+
 // Since yields every event from sequence number seq on, the ones of the past first, and
 // waits for more until the bus is closed or ctx is done. A gap in the numbers means that
 // the reader was too slow.
 func (b *EventBus) Since(ctx context.Context, seq uint64) iter.Seq[Event] {
 	return func(yield func(Event) bool) {
 		for {
-			b.mu.Lock()
-			more, closed := b.more, b.closed
-			var batch []Event
-			for i, e := range b.recent {
-				if e.Seq >= seq {
-					batch = b.recent[i:len(b.recent):len(b.recent)]
-					break
-				}
-			}
-			b.mu.Unlock()
-			for _, e := range batch {
+			events, next, more := b.Poll(seq)
+			for _, e := range events {
 				if !yield(e) {
 					return
 				}
-				seq = e.Seq + 1
 			}
-			if len(batch) > 0 {
-				continue
-			}
-			if closed {
+			if seq = next; more == nil {
 				return
 			}
 			select {

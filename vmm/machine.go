@@ -39,6 +39,7 @@ type Machine struct {
 
 	gate     *gate
 	requests chan request
+	control
 
 	mu    sync.Mutex
 	state State
@@ -53,6 +54,7 @@ func New(ctx context.Context, cfg *Config, log *slog.Logger) (_ *Machine, err er
 		cfg: cfg, log: log, events: NewEventBus(), state: StatePrelaunch,
 		ports: devices.NewBus(), mmio: devices.NewBus(),
 		gate: newGate(cfg.SMP), requests: make(chan request, 1),
+		control: control{calls: make(chan func()), ended: make(chan struct{})},
 	}
 	defer func() {
 		if err != nil {
@@ -70,7 +72,7 @@ func New(ctx context.Context, cfg *Config, log *slog.Logger) (_ *Machine, err er
 	if err := m.buildCore(sys); err != nil {
 		return nil, err
 	}
-	if err := errors.Join(m.buildChipset(ctx), m.buildDevices(ctx)); err != nil {
+	if err := errors.Join(m.buildChipset(ctx), m.buildDevices(ctx), m.openMonitors(ctx)); err != nil {
 		return nil, err
 	}
 	if err := m.buildVCPUs(sys); err != nil {

@@ -86,6 +86,10 @@ var (
 		{name: "null", help: "nothing", props: []prop{chardevID}},
 		{name: "pty", help: "a new pseudo terminal", props: []prop{chardevID}},
 	}
+	monitorKinds = []schema{{name: "mon", props: []prop{
+		{name: "chardev", required: true, help: "id of the -chardev"},
+		{name: "mode", kind: kindEnum, enum: []string{monitorQMP}, required: true, help: "control: QMP"},
+	}}}
 	chardevID   = prop{name: "id", required: true, help: "name of the chardev"}
 	objectKinds = []schema{
 		{name: "memory-backend-memfd", help: "pages of the RAM, with -machine memory-backend=", props: []prop{

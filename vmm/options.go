@@ -117,6 +117,18 @@ func options() []option {
 		{name: "nodefaults", group: groupRun, help: "no serial port without -serial", set: setFlag(func(c *Config) *bool { return &c.NoDefaults })},
 		{name: "no-user-config", group: groupRun, help: "read no configuration by default; baton never does", set: nothing},
 		{name: "no-reboot", group: groupRun, help: "end when the guest resets", set: setFlag(func(c *Config) *bool { return &c.NoReboot })},
+		{name: "no-shutdown", group: groupRun, help: "stop where baton would end: guest off, reset under -no-reboot, crash", set: setFlag(func(c *Config) *bool { return &c.NoShutdown })},
+		{name: "S", group: groupRun, help: "start no vCPU until the monitor says cont", set: setFlag(func(c *Config) *bool { return &c.Paused })},
+		{name: "qmp", arg: "DEV", group: groupRun, help: "QMP clients: unix:PATH,server=on,wait=off, tcp:HOST:PORT,..., stdio, chardev:ID",
+			set: func(p *parser, arg string) error {
+				p.cfg.Monitors = append(p.cfg.Monitors, Monitor{monitorQMP, arg})
+				return nil
+			}},
+		{name: "mon", arg: "chardev=ID,mode=control", group: groupRun, help: "the same, on a -chardev", kinds: monitorKinds,
+			add: func(p *parser, _ string, v Values) error {
+				p.cfg.Monitors = append(p.cfg.Monitors, Monitor{v.take("mode"), "chardev:" + v.take("chardev")})
+				return nil
+			}},
 		{name: "pidfile", arg: "FILE", group: groupRun, help: "write the process id there", set: setText(func(c *Config) *string { return &c.PIDFile })},
 		{name: "D", arg: "FILE", group: groupRun, help: "write the log there; default: stderr", set: setText(func(c *Config) *string { return &c.LogFile })},
 		{name: "event-log", arg: "FILE", group: groupRun, help: "write each event there, a line of JSON each", set: setText(func(c *Config) *string { return &c.EventLog })},

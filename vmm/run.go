@@ -19,6 +19,11 @@ const (
 	StateShutdown      State = "shutdown"
 )
 
+// Values is qmp.Enum.
+func (State) Values() []string {
+	return []string{string(StatePrelaunch), string(StateRunning), string(StatePaused), string(StateInternalError), string(StateShutdown)}
+}
+
 // ErrCrashed is what Run returns after a guest that cannot go on; the report is in the log.
 var ErrCrashed = errors.New("guest crashed")
 
@@ -35,7 +40,31 @@ const (
 	requestReset requestKind = iota
 	requestPowerOff
 	requestCrash
+	requestQuit // a person or a client ends baton, whatever the options say
 )
+
+// control is how others reach the main loop, where all changes of the machine's state happen.
+type control struct {
+	calls chan func()
+	ended chan struct{} // closed when the loop has ended
+	quit  string        // reason to end, if there is one; the loop's own
+	fault error         // the same, for what Run is to return
+
+	monitors []monitor
+}
+
+// call runs f in the main loop and waits for its end. The vCPUs may be running meanwhile.
+// It must not be called by f itself.
+func (m *Machine) call(f func()) error {
+	done := make(chan struct{})
+	select {
+	case m.calls <- func() { defer close(done); f() }:
+		<-done
+		return nil
+	case <-m.ended:
+		return errors.New("the machine has ended")
+	}
+}
 
 // request asks the main loop to act and stops the guest at once. It may be called from a
 // vCPU's thread. A request that comes while another one waits is dropped: the first wins.
@@ -66,9 +95,11 @@ func (m *Machine) State() State {
 	return m.state
 }
 
-// Run starts the vCPUs and serves the machine until the guest turns itself off, crashes
-// (ErrCrashed) or ctx is done. All vCPUs have stopped when it returns.
+// Run starts the vCPUs and serves the machine and its monitors until the guest turns itself
+// off, crashes (ErrCrashed), a client says quit or ctx is done. All vCPUs have stopped when
+// it returns.
 func (m *Machine) Run(ctx context.Context) error {
+	defer close(m.ended)
 	done := make(chan struct{}, len(m.vcpus))
 	for _, c := range m.vcpus {
 		go func() { c.run(); done <- struct{}{} }()
@@ -80,35 +111,58 @@ func (m *Machine) Run(ctx context.Context) error {
 			<-done
 		}
 	}()
+	m.stopVCPUs() // which waits for all of them to be there
 	if err := m.restart(); err != nil {
 		return err
 	}
-	m.resume()
+	if !m.cfg.Paused {
+		m.resume()
+	}
+	m.serveMonitors(ctx)
 	for {
-		select {
-		case <-ctx.Done():
+		r := m.next(ctx)
+		m.stopVCPUs()
+		switch {
+		case m.fault != nil:
+			return m.fault
+		case r.kind == requestReset && !m.cfg.NoReboot:
+			m.reset(r.reason)
+			continue
+		case r.kind == requestCrash && m.cfg.NoShutdown:
+			m.stop(StateInternalError)
+			continue
+		case r.kind == requestCrash:
+			m.setState(StateInternalError)
+			return ErrCrashed
+		}
+		m.events.Publish("SHUTDOWN", shutdownData{guestAsked(r.reason), r.reason})
+		if r.kind == requestQuit || !m.cfg.NoShutdown {
 			m.setState(StateShutdown)
-			m.events.Publish("SHUTDOWN", shutdownData{false, "host-signal"})
 			return nil
+		}
+		m.stop(StateShutdown)
+	}
+}
+
+// next waits for a request, and carries out calls meanwhile. Requests come first: what a
+// vCPU has asked for happens before a call could let it run on.
+func (m *Machine) next(ctx context.Context) request {
+	for m.quit == "" && m.fault == nil {
+		select {
 		case r := <-m.requests:
-			m.stopVCPUs()
-			switch {
-			case r.kind == requestCrash:
-				m.setState(StateInternalError)
-				return ErrCrashed
-			case r.kind == requestReset && !m.cfg.NoReboot:
-				m.events.Publish("RESET", shutdownData{guestAsked(r.reason), r.reason})
-				if err := m.restart(); err != nil {
-					return fmt.Errorf("reset: %w", err)
-				}
-				m.resume()
-			default:
-				m.setState(StateShutdown)
-				m.events.Publish("SHUTDOWN", shutdownData{guestAsked(r.reason), r.reason})
-				return nil
-			}
+			return r
+		default:
+		}
+		select {
+		case r := <-m.requests:
+			return r
+		case f := <-m.calls:
+			f()
+		case <-ctx.Done():
+			m.quit = "host-signal"
 		}
 	}
+	return request{requestQuit, m.quit}
 }
 
 // shutdownData is the data of QMP's SHUTDOWN and RESET events.
@@ -147,6 +201,31 @@ func (m *Machine) resume() {
 	m.setState(StateRunning)
 	m.events.Publish("RESUME", nil)
 	m.gate.open()
+}
+
+// stop stops the vCPUs if they run, and enters a state in which they do not.
+func (m *Machine) stop(s State) {
+	running := m.State() == StateRunning
+	m.stopVCPUs()
+	m.setState(s)
+	if running {
+		m.events.Publish("STOP", nil)
+	}
+}
+
+// reset restarts the guest. One that did not run does not run afterwards either.
+func (m *Machine) reset(reason string) {
+	m.stopVCPUs()
+	if err := m.restart(); err != nil {
+		m.fault = fmt.Errorf("reset: %w", err)
+		return
+	}
+	m.events.Publish("RESET", shutdownData{guestAsked(reason), reason})
+	if m.State() == StateRunning {
+		m.gate.open()
+	} else {
+		m.setState(StatePrelaunch)
+	}
 }
 
 func (m *Machine) stopVCPUs() {

@@ -98,7 +98,7 @@ var notHere = map[string]string{
 	"-virtfs -fsdev -iscsi":                                                  "baton shares no files: use -drive or the network",
 	"-parallel -debugcon -virtioconsole":                                     "use -serial, or virtconsole on a virtio-serial-pci",
 	"-gdb -s -trace -d -plugin -singlestep":                                  "baton tells what happens by -D and -event-log",
-	"-no-shutdown -action -watchdog -watchdog-action":                        "baton ends when the guest powers off, with -no-reboot also when it resets",
+	"-action -watchdog -watchdog-action":                                     "baton ends when the guest powers off, with -no-reboot also when it resets",
 	"-global -set -readconfig -writeconfig":                                  "give properties to -device, whole machines to -config",
 	"-sandbox -runas -run-with -chroot -overcommit -add-fd -msg":             "leave it to who starts baton (systemd, ulimit, setpriv)",
 	"-qtest -preconfig -tb-size -semihosting -xen-domid":                     "baton runs on KVM only",

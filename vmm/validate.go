@@ -179,6 +179,12 @@ func (c *Config) validateBackends(p *problems) {
 	}
 	p.ids("chardev", list(c.Chardevs, func(b *Chardev) string { return b.ID }))
 	specs := slices.Clone(c.Serials)
+	for _, m := range c.Monitors {
+		if m.Mode != monitorQMP {
+			p.add("monitor "+m.Spec, "%w", unknown("mode", m.Mode, []string{monitorQMP}))
+		}
+		specs = append(specs, m.Spec)
+	}
 	for _, b := range c.Chardevs {
 		specs = append(specs, b.Spec)
 	}
@@ -286,6 +292,11 @@ func (c *Config) validateUses(p *problems) {
 	for _, s := range c.Serials {
 		if id, ok := strings.CutPrefix(s, "chardev:"); ok {
 			use("serial", "chardev", id)
+		}
+	}
+	for _, m := range c.Monitors {
+		if id, ok := strings.CutPrefix(m.Spec, "chardev:"); ok {
+			use("monitor", "chardev", id)
 		}
 	}
 	ports := map[string]*Device{}

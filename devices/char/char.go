@@ -71,15 +71,15 @@ func (p *Port) open(ctx context.Context, spec Spec, o Options) (err error) {
 		p.peer, p.name, err = openPTY()
 	case Unix, TCP:
 		if !spec.Server {
-			p.peer, err = dial(ctx, spec)
+			p.peer, err = Dial(ctx, spec)
 			return err
 		}
-		if p.listen, err = listen(ctx, spec); err != nil {
+		if p.listen, err = Listen(ctx, spec); err != nil {
 			return err
 		}
 		p.name = p.listen.Addr().String()
 		if spec.Wait {
-			p.peer, err = acceptFirst(ctx, p.listen)
+			p.peer, err = AcceptFirst(ctx, p.listen)
 		}
 	default:
 		err = errors.New("unknown kind")

@@ -14,7 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func dial(ctx context.Context, spec Spec) (io.ReadWriteCloser, error) {
+// Dial connects to the server that a spec of kind Unix or TCP names.
+func Dial(ctx context.Context, spec Spec) (io.ReadWriteCloser, error) {
 	conn, err := new(net.Dialer).DialContext(ctx, string(spec.Kind), spec.Path)
 	if err != nil {
 		return nil, fmt.Errorf("%w\nhint: start the side that listens first, or listen here with server=on", err)
@@ -22,10 +23,10 @@ func dial(ctx context.Context, spec Spec) (io.ReadWriteCloser, error) {
 	return conn, nil
 }
 
-// listen opens a server's socket. A Unix socket is its owner's alone from the moment it
+// Listen opens the socket of a server, of kind Unix or TCP. A Unix socket is its owner's alone from the moment it
 // exists: bind takes the mode from the descriptor. One that a dead process left behind is
 // replaced, one that is alive is not.
-func listen(ctx context.Context, spec Spec) (net.Listener, error) {
+func Listen(ctx context.Context, spec Spec) (net.Listener, error) {
 	var lc net.ListenConfig
 	if spec.Kind == Unix {
 		if err := removeStale(spec.Path); err != nil {
@@ -61,8 +62,8 @@ func removeStale(path string) error {
 	return err
 }
 
-// acceptFirst waits for the first peer; the listener is closed if there is none.
-func acceptFirst(ctx context.Context, l net.Listener) (io.ReadWriteCloser, error) {
+// AcceptFirst waits for the first peer; the listener is closed if there is none before ctx ends.
+func AcceptFirst(ctx context.Context, l net.Listener) (io.ReadWriteCloser, error) {
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	conn, err := l.Accept()
 	if !stop() && err == nil { // too late: the listener is closed

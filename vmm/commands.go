@@ -1,0 +1,111 @@
+package vmm
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	"baton/vmm/qmp"
+)
+
+// qmpVersion is what clients see: the QEMU whose QMP this is, and who answers.
+func qmpVersion() (v qmp.Version) {
+	v.QEMU.Major, v.QEMU.Minor, v.QEMU.Micro = 10, 0, 2
+	v.Package = Version()
+	return v
+}
+
+var eventTypes = []qmp.EventType{
+	{Name: "GUEST_CRASHED", Data: crashData{}},
+	{Name: "GUEST_PANICKED", Data: panicData{}},
+	{Name: "POWERDOWN"},
+	{Name: "RESET", Data: shutdownData{}},
+	{Name: "RESUME"},
+	{Name: "SHUTDOWN", Data: shutdownData{}},
+	{Name: "STOP"},
+}
+
+// do makes a command of a function that has nothing to say.
+func do(name string, f func()) qmp.Command {
+	return qmp.Query(name, func() qmp.None { f(); return qmp.None{} })
+}
+
+// commands are all commands of QMP that the machine has. They run in the main loop, so that
+// each sees and leaves a machine that does not change meanwhile. Ctx ends what takes long.
+func (m *Machine) commands(ctx context.Context) []qmp.Command {
+	quit := do("quit", func() {})
+	quit.After = func() { _ = m.call(func() { m.quit = "host-qmp-quit" }) }
+	return slices.Concat(m.queries(), []qmp.Command{
+		quit,
+		do("stop", func() {
+			if m.State() == StateRunning {
+				m.stop(StatePaused)
+			}
+		}),
+		qmp.New("cont", func(qmp.None) (none qmp.None, err error) { return none, m.cont() }),
+		do("system_reset", func() { m.reset("host-qmp-system-reset") }),
+		do("system_powerdown", m.PowerButton),
+	})
+}
+
+// cont is QMP's command of this name.
+func (m *Machine) cont() error {
+	switch m.State() {
+	case StateRunning:
+	case StateInternalError, StateShutdown:
+		return qmp.Errorf(qmp.GenericError, "Resetting the Virtual Machine is required")
+	default:
+		m.resume()
+	}
+	return nil
+}
+
+// Results of the queries: QEMU's qapi/*.json.
+type (
+	statusInfo struct {
+		Status  State `json:"status"`
+		Running bool  `json:"running"`
+	}
+	nameInfo struct {
+		Name string `json:"name,omitempty"`
+	}
+	kvmInfo struct {
+		Enabled bool `json:"enabled"`
+		Present bool `json:"present"`
+	}
+	memoryInfo struct {
+		Base    int64 `json:"base-memory"`
+		Plugged int64 `json:"plugged-memory"`
+	}
+	cpuInfo struct {
+		Index  int64  `json:"cpu-index"`
+		Path   string `json:"qom-path"`
+		Thread int64  `json:"thread-id"`
+		Target string `json:"target"`
+		Props  struct {
+			Socket int64 `json:"socket-id"`
+			Core   int64 `json:"core-id"`
+			Thread int64 `json:"thread-id"`
+		} `json:"props"`
+	}
+)
+
+// queries are the commands that change nothing.
+func (m *Machine) queries() []qmp.Command {
+	return []qmp.Command{
+		qmp.Query("query-status", func() statusInfo { return statusInfo{m.State(), m.State() == StateRunning} }),
+		qmp.Query("query-name", func() nameInfo { return nameInfo{m.cfg.Name} }),
+		qmp.Query("query-kvm", func() kvmInfo { return kvmInfo{true, true} }),
+		qmp.Query("query-memory-size-summary", func() memoryInfo { return memoryInfo{Base: int64(m.cfg.Memory.Size)} }),
+		qmp.Query("query-cpus-fast", m.cpus),
+	}
+}
+
+func (m *Machine) cpus() (list []cpuInfo) {
+	for i, c := range m.vcpus {
+		info := cpuInfo{Index: int64(i), Path: fmt.Sprintf("/machine/unattached/device[%d]", i), Thread: int64(c.tid.Load()), Target: "x86_64"}
+		info.Props.Core = int64(i)
+		list = append(list, info)
+	}
+	return list
+}

@@ -1,0 +1,83 @@
+package vmm
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+
+	"baton/devices/char"
+	"baton/vmm/qmp"
+)
+
+const monitorQMP = "control" // Monitor.Mode, as -mon has it
+
+// monitor is an open Monitor: a server, or a connection, or both for a server that waited.
+type monitor struct {
+	label    string
+	listener net.Listener
+	conn     io.ReadWriteCloser
+}
+
+// openMonitors opens what the clients connect to. They are served once the machine runs.
+func (m *Machine) openMonitors(ctx context.Context) error {
+	for i, c := range m.cfg.Monitors {
+		mon, err := m.openMonitor(ctx, c)
+		if err != nil {
+			return fmt.Errorf("monitor %s: %w", c.Spec, err)
+		}
+		mon.label = fmt.Sprintf("compat_monitor%d", i)
+		if id, ok := strings.CutPrefix(c.Spec, "chardev:"); ok {
+			mon.label = id
+		}
+		m.monitors = append(m.monitors, mon)
+		m.onClose(func() error { // the server has closed what it served
+			if mon.listener != nil {
+				mon.listener.Close()
+			}
+			if mon.conn != nil {
+				mon.conn.Close()
+			}
+			return nil
+		})
+	}
+	return nil
+}
+
+func (m *Machine) openMonitor(ctx context.Context, c Monitor) (mon monitor, err error) {
+	text := c.Spec
+	if id, ok := strings.CutPrefix(text, "chardev:"); ok {
+		text = m.cfg.Chardev(id).Spec
+	}
+	spec, err := char.Parse(text)
+	switch {
+	case err != nil:
+	case spec.Kind != char.Unix && spec.Kind != char.TCP:
+		mon.conn, err = m.openChar(ctx, "monitor", text)
+	case !spec.Server:
+		mon.conn, err = char.Dial(ctx, spec)
+	default:
+		if mon.listener, err = char.Listen(ctx, spec); err == nil && spec.Wait {
+			m.log.Info("waiting for a client of the monitor at " + mon.listener.Addr().String())
+			mon.conn, err = char.AcceptFirst(ctx, mon.listener)
+		}
+	}
+	return mon, err
+}
+
+// serveMonitors starts to serve the clients. Ctx is Run's.
+func (m *Machine) serveMonitors(ctx context.Context) {
+	s := qmp.NewServer(qmp.Config{
+		Version: qmpVersion(), Commands: m.commands(ctx), EventTypes: eventTypes, Events: m.events, Do: m.call,
+	})
+	for _, mon := range m.monitors {
+		if mon.listener != nil {
+			go s.Serve(mon.listener)
+		}
+		if mon.conn != nil {
+			go s.ServeConn(mon.conn)
+		}
+	}
+	m.onClose(s.Close)
+}
