@@ -284,6 +284,15 @@ func (t *TAP) Discard(queue int) {
 	}
 }
 
+// Send puts a frame, which is complete and without header, on the first queue as if the guest
+// had sent it.
+func (t *TAP) Send(frame []byte) error {
+	if _, err := unix.Writev(t.fds[0], [][]byte{make([]byte, HeaderSize), frame}); err != nil {
+		return fmt.Errorf("send to TAP %s: %w", t.name, err)
+	}
+	return nil
+}
+
 // Link reads the attributes of the interface: HardwareAddr is the host's own address on it,
 // which has to differ from the guest's, MTU its longest payload in bytes.
 func (t *TAP) Link() (*netlink.LinkAttrs, error) {

@@ -289,6 +289,26 @@ func TestFrames(t *testing.T) {
 }
 
 // TestSetQueues counts the kernel's view of the queues.
+// What Send sends is what the host receives.
+func TestSend(t *testing.T) {
+	taptest.Netns(t)
+	tap := open(t, Config{})
+	if err := tap.SetUp(); err != nil {
+		t.Fatal(err)
+	}
+	frame := taptest.Frame(3, 60)
+	socket := taptest.NewSocket(t, tap.Name(), taptest.EtherType, false)
+	if err := tap.Send(frame); err != nil {
+		t.Fatal(err)
+	}
+	if got := socket.Recv(); !bytes.Equal(got, frame) {
+		t.Errorf("received % x, want % x", got, frame)
+	}
+	if err := tap.Send(frame[:3]); err == nil {
+		t.Error("three bytes are no frame")
+	}
+}
+
 func TestSetQueues(t *testing.T) {
 	taptest.Netns(t)
 	tap := open(t, Config{Name: "t0", Queues: 4})

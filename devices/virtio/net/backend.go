@@ -27,6 +27,8 @@ type Backend interface {
 	SetOffloads(features uint64) error
 	// Discard throws away what waits.
 	Discard()
+	// Send gives the host a frame, without header, as if the driver had sent it.
+	Send(frame []byte) error
 	Close() error
 }
 
@@ -88,6 +90,8 @@ func (h host) Discard() {
 		h.tap.Discard(i)
 	}
 }
+
+func (h host) Send(frame []byte) error { return h.tap.Send(frame) }
 
 // vhostBackend has each pair served by a vhost-net instance.
 type vhostBackend struct {

@@ -2,6 +2,7 @@ package net
 
 import (
 	"encoding/binary"
+	"reflect"
 
 	"baton/devices/virtio"
 )
@@ -18,6 +19,7 @@ const (
 	cmdMACAddr   = 0x0101
 	cmdVLANAdd   = 0x0200 // VIRTIO_NET_CTRL_VLAN
 	cmdVLANDel   = 0x0201
+	cmdAnnounced = 0x0300 // VIRTIO_NET_CTRL_ANNOUNCE
 	cmdPairsSet  = 0x0400 // VIRTIO_NET_CTRL_MQ
 	cmdOffloads  = 0x0500 // VIRTIO_NET_CTRL_GUEST_OFFLOADS
 	ackOK        = 0
@@ -55,9 +57,12 @@ func (n *Net) RxFilter() RxFilter {
 // control serves the control queue.
 func (n *Net) control(q *virtio.Queue, w *virtio.Worker) {
 	for c := w.Next(); c != nil; c = w.Next() {
-		ack := [1]byte{ackErr}
+		ack, before := [1]byte{ackErr}, n.RxFilter()
 		if n.command(c) {
 			ack[0] = ackOK
+		}
+		if n.cfg.FilterChanged != nil && !reflect.DeepEqual(before, n.RxFilter()) {
+			n.cfg.FilterChanged()
 		}
 		q.Push(c, uint32(c.Write(ack[:])))
 	}
@@ -104,6 +109,12 @@ func (n *Net) command(c *virtio.Chain) bool {
 		if f.VLANs[v/64] |= 1 << (v % 64); cmd == cmdVLANDel {
 			f.VLANs[v/64] &^= 1 << (v % 64)
 		}
+	case cmdAnnounced:
+		if !n.read(c, nil, featureGuestAnnounce) {
+			return false
+		}
+		n.announce = false
+		n.setConfig()
 	case cmdPairsSet:
 		var b [2]byte
 		if !n.read(c, b[:], featureMQ) {

@@ -76,7 +76,9 @@ func TestCommands(t *testing.T) {
 		{"no VLAN 4096", 2, 1, le[uint16](4096), nil, ""},
 		{"half a VLAN", 2, 0, []byte{1}, nil, ""},
 
-		{"announce", 3, 0, nil, nil, ""}, // not offered
+		{"announced", 3, 0, nil, func(*RxFilter) {}, ""},
+		{"announced what", 3, 0, []byte{0}, nil, ""},
+		{"no such announcement", 3, 1, nil, nil, ""},
 
 		{"pairs", 4, 0, le[uint16](3), func(*RxFilter) {}, "start 0, start 1, start 2, pairs 3"},
 		{"the same pairs", 4, 0, le[uint16](1), func(*RxFilter) {}, "start 0, pairs 1"},
@@ -129,7 +131,7 @@ func TestCommandsNotNegotiated(t *testing.T) {
 		{0, 0, 0}, {0, 1, 1}, {0, 2, 1}, {0, 3, 1}, {0, 4, 1}, {0, 5, 1},
 		slices.Concat([]byte{1, 0}, table(nil), table(nil)),
 		append([]byte{1, 1}, macs[0][:]...),
-		{2, 0, 1, 0}, {2, 1, 1, 0}, {4, 0, 1, 0}, {5, 0, 0, 0, 0, 0, 0, 0, 0, 0},
+		{2, 0, 1, 0}, {2, 1, 1, 0}, {3, 0}, {4, 0, 1, 0}, {5, 0, 0, 0, 0, 0, 0, 0, 0, 0},
 	} {
 		if n.command(&virtio.Chain{Out: [][]byte{cmd}}) {
 			t.Errorf("command % x: accepted", cmd)

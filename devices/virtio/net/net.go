@@ -38,6 +38,7 @@ const (
 	featureCtrlRX        = 1 << 18
 	featureCtrlVLAN      = 1 << 19
 	featureCtrlRXExtra   = 1 << 20
+	featureGuestAnnounce = 1 << 21
 	featureMQ            = 1 << 22
 	featureCtrlMAC       = 1 << 23 // VIRTIO_NET_F_CTRL_MAC_ADDR
 	featureGuestUSO4     = 1 << 54 // VIRTIO 1.3, as are the next two
@@ -61,8 +62,9 @@ const (
 	configDuplex = 16
 	configSize   = 17
 
-	statusLinkUp = 1
-	duplexFull   = 1
+	statusLinkUp   = 1
+	statusAnnounce = 2
+	duplexFull     = 1
 )
 
 const (
@@ -87,21 +89,25 @@ type Config struct {
 	Speed uint32
 	// Standby offers FeatureStandby.
 	Standby bool
+	// FilterChanged, which may be nil, is called after the driver has changed what RxFilter
+	// returns.
+	FilterChanged func()
 }
 
-// Net is the device. It is a virtio.Device; SetLink and RxFilter may be called at any time.
+// Net is the device. It is a virtio.Device; SetLink, Announce and RxFilter may be called at any time.
 type Net struct {
 	cfg     Config
 	backend Backend
 	config  atomic.Pointer[[configSize]byte] // replaced, under mu, as a whole
 	ctrl    *virtio.Worker
 
-	mu      sync.Mutex
-	up      bool
-	act     *virtio.Activation // nil: not active
-	pairs   int                // that the driver uses
-	running int                // that the backend serves
-	filter  RxFilter
+	mu       sync.Mutex
+	up       bool
+	announce bool               // the driver is asked to, and has not answered yet
+	act      *virtio.Activation // nil: not active
+	pairs    int                // that the driver uses
+	running  int                // that the backend serves
+	filter   RxFilter
 }
 
 // New returns a device, with the link up, on a backend that it then owns. It fails when the
@@ -132,7 +138,7 @@ func (n *Net) Type() uint32 { return virtio.TypeNet }
 // Features are those of the backend and of the control queue, and what Config adds.
 func (n *Net) Features() uint64 {
 	f := n.backend.Features() | featureMAC | featureStatus | featureCtrlVQ | featureCtrlRX |
-		featureCtrlRXExtra | featureCtrlVLAN | featureCtrlMAC | featureGuestOffloads
+		featureCtrlRXExtra | featureCtrlVLAN | featureCtrlMAC | featureGuestOffloads | featureGuestAnnounce
 	if n.cfg.Queues > 1 {
 		f |= featureMQ
 	}
@@ -169,6 +175,9 @@ func (n *Net) setConfig() {
 	copy(c[configMAC:], n.filter.MAC[:])
 	if n.up {
 		c[configStatus] = statusLinkUp
+	}
+	if n.announce {
+		c[configStatus] |= statusAnnounce
 	}
 	binary.LittleEndian.PutUint16(c[configPairs:], uint16(n.cfg.Queues))
 	binary.LittleEndian.PutUint16(c[configMTU:], n.cfg.MTU)
@@ -208,7 +217,7 @@ func (n *Net) Reset() {
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.act, n.pairs = nil, 1
+	n.act, n.pairs, n.announce = nil, 1, false
 	_ = n.serve()
 	// A TAP that fails here is gone, which Activate will say.
 	_, _ = n.backend.SetPairs(1), n.backend.SetOffloads(0)

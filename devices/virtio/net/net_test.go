@@ -57,6 +57,7 @@ func (f *fake) Start(pair int, _ *virtio.Activation) error { return f.do("start 
 func (f *fake) Stop(pair int)                              { _ = f.do("stop %d", pair) }
 func (f *fake) SetPairs(n int) error                       { return f.do("pairs %d", n) }
 func (f *fake) SetOffloads(features uint64) error          { return f.do("offloads %#x", features) }
+func (f *fake) Send(frame []byte) error                    { return f.do("send %x", frame) }
 func (f *fake) Discard()                                   { _ = f.do("discard") }
 func (f *fake) Close() error                               { return f.do("close") }
 
@@ -91,7 +92,7 @@ func TestNewErrors(t *testing.T) {
 
 func TestFeatures(t *testing.T) {
 	always := (&fake{}).Features() | featureMAC | featureStatus | featureCtrlVQ | featureCtrlRX |
-		featureCtrlRXExtra | featureCtrlVLAN | featureCtrlMAC | featureGuestOffloads
+		featureCtrlRXExtra | featureCtrlVLAN | featureCtrlMAC | featureGuestOffloads | featureGuestAnnounce
 	for _, tc := range []struct {
 		config Config
 		more   uint64
