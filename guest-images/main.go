@@ -25,6 +25,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -93,14 +94,25 @@ func run(args []string) error {
 	return os.Symlink("/boot/vmlinuz-"+o.kernel, link)
 }
 
-// newestKernel returns the version of the kernel in dir that was installed last.
+// newestKernel returns the highest version among the kernels in dir. Times say nothing
+// here: a package's files have that of its build.
 func newestKernel(dir string) (string, error) {
 	kernels, _ := filepath.Glob(filepath.Join(dir, "vmlinuz-*"))
 	if len(kernels) == 0 {
 		return "", fmt.Errorf("no kernel in %s\ninstall linux-image-amd64, or name one by -kernel", dir)
 	}
-	newest := slices.MaxFunc(kernels, func(a, b string) int { return modTime(a).Compare(modTime(b)) })
+	newest := slices.MaxFunc(kernels, func(a, b string) int { return slices.Compare(numbers(a), numbers(b)) })
 	return strings.TrimPrefix(filepath.Base(newest), "vmlinuz-"), nil
+}
+
+// numbers returns the runs of digits in the base of a path.
+func numbers(path string) (n []int) {
+	isNoDigit := func(r rune) bool { return r < '0' || r > '9' }
+	for _, digits := range strings.FieldsFunc(filepath.Base(path), isNoDigit) {
+		v, _ := strconv.Atoi(digits) // a number beyond int is its greatest value
+		n = append(n, v)
+	}
+	return n
 }
 
 // build makes DIR/name.cpio unless DIR/name.key says that its inputs are the same.

@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"time"
 )
 
 // busyboxPath is where Debian's busybox-static puts it.
@@ -132,12 +131,4 @@ func busyboxFiles(path string) ([]file, error) {
 		}
 	}
 	return files, nil
-}
-
-func modTime(path string) time.Time {
-	fi, err := os.Stat(path)
-	if err != nil {
-		return time.Time{}
-	}
-	return fi.ModTime()
 }
