@@ -26,6 +26,14 @@ type builder struct {
 	*Machine
 	ctx   context.Context
 	ports map[string][]console.Port // of each virtio-serial-pci, by the name of its bus
+	model virtio.Device             // that transport was called for, if it was
+}
+
+// device is a PCI device that there is.
+type device struct {
+	*Device
+	fn    pci.Function
+	model virtio.Device // nil if it is not virtio
 }
 
 // builders has one entry for each PCI driver of the driver table.
@@ -52,9 +60,11 @@ func (b *builder) build() error {
 		if make == nil {
 			continue
 		}
+		b.model = nil
 		f, err := make(b, d)
 		if err == nil {
 			b.onClose(f.Close)
+			b.devices = append(b.devices, device{d, f, b.model})
 			err = b.plug(d, f)
 		}
 		errs = append(errs, err)
@@ -112,6 +122,7 @@ func (b *builder) transport(d *Device, dev virtio.Device) (pci.Function, error) 
 	if err != nil {
 		return nil, errors.Join(err, dev.Close())
 	}
+	b.model = dev
 	return f, nil
 }
 
@@ -206,7 +217,7 @@ func (m *Machine) openSerial(ctx context.Context) (*char.Port, error) {
 func (b *builder) virtioNet(d *Device) (pci.Function, error) {
 	spec := b.cfg.Netdev(d.Text("netdev"))
 	mac, _ := d.MAC()
-	backend, err := b.netBackend(spec)
+	backend, err := netBackend(b.ctx, spec)
 	if err != nil {
 		return nil, fmt.Errorf("netdev %s: %w", spec.ID, err)
 	}
@@ -221,6 +232,8 @@ func (b *builder) virtioNet(d *Device) (pci.Function, error) {
 		MTU:       uint16(d.Uint("host_mtu")),
 		Speed:     uint32(d.Uint("speed")),
 		Standby:   d.Bool("failover"),
+
+		FilterChanged: func() { b.nics.changed(d.netName(), b.events) },
 	}, backend)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("%s: %w", d, err), backend.Close())
@@ -229,15 +242,15 @@ func (b *builder) virtioNet(d *Device) (pci.Function, error) {
 }
 
 // netBackend opens the TAP of a netdev, runs its script and puts vhost-net or the VMM
-// behind it.
-func (b *builder) netBackend(n *Netdev) (net.Backend, error) {
+// behind it. Ctx ends the script.
+func netBackend(ctx context.Context, n *Netdev) (net.Backend, error) {
 	t, err := tap.Open(tap.Config{Name: n.IfName, Queues: n.Queues, FDs: n.FDs})
 	if err != nil {
 		return nil, err
 	}
 	end := hostEnd{net.NewTAP(t), n.DownScript, t.Name()}
 	if len(n.FDs) == 0 {
-		err = b.netUp(n, t)
+		err = netUp(ctx, n, t)
 	}
 	if err == nil && n.VHost {
 		var kernel net.Backend
@@ -252,11 +265,11 @@ func (b *builder) netBackend(n *Netdev) (net.Backend, error) {
 }
 
 // netUp makes the host's end of the link ready: by the user's script if there is one.
-func (b *builder) netUp(n *Netdev, t *tap.TAP) error {
+func netUp(ctx context.Context, n *Netdev, t *tap.TAP) error {
 	if n.Script == "" {
 		return t.SetUp()
 	}
-	return runScript(b.ctx, n.Script, t.Name())
+	return runScript(ctx, n.Script, t.Name())
 }
 
 // hostEnd is a backend whose TAP is still there when the user's script takes it down.

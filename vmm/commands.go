@@ -18,6 +18,7 @@ func qmpVersion() (v qmp.Version) {
 var eventTypes = []qmp.EventType{
 	{Name: "GUEST_CRASHED", Data: crashData{}},
 	{Name: "GUEST_PANICKED", Data: panicData{}},
+	{Name: "NIC_RX_FILTER_CHANGED", Data: filterEvent{}},
 	{Name: "POWERDOWN"},
 	{Name: "RESET", Data: shutdownData{}},
 	{Name: "RESUME"},
@@ -35,7 +36,7 @@ func do(name string, f func()) qmp.Command {
 func (m *Machine) commands(ctx context.Context) []qmp.Command {
 	quit := do("quit", func() {})
 	quit.After = func() { _ = m.call(func() { m.quit = "host-qmp-quit" }) }
-	return slices.Concat(m.queries(), []qmp.Command{
+	return slices.Concat(m.queries(), m.pciCommands(), m.netCommands(ctx), []qmp.Command{
 		quit,
 		do("stop", func() {
 			if m.State() == StateRunning {
@@ -98,6 +99,9 @@ func (m *Machine) queries() []qmp.Command {
 		qmp.Query("query-kvm", func() kvmInfo { return kvmInfo{true, true} }),
 		qmp.Query("query-memory-size-summary", func() memoryInfo { return memoryInfo{Base: int64(m.cfg.Memory.Size)} }),
 		qmp.Query("query-cpus-fast", m.cpus),
+		qmp.Query("query-block", m.disks),
+		qmp.Query("query-chardev", m.chardevInfos),
+		qmp.Query("query-migrate", func() qmp.None { return qmp.None{} }), // as before the first one
 	}
 }
 

@@ -51,6 +51,8 @@ type control struct {
 	fault error         // the same, for what Run is to return
 
 	monitors []monitor
+	devices  []device
+	nics     nics
 }
 
 // call runs f in the main loop and waits for its end. The vCPUs may be running meanwhile.

@@ -68,6 +68,30 @@ func (c *Config) SetBAR(i int, b BAR) error {
 	return nil
 }
 
+// Region is a BAR as it stands.
+type Region struct {
+	Index              int
+	Base, Size         uint64 // Base is valid if Mapped
+	Is64, Prefetchable bool
+	Mapped             bool
+}
+
+// Regions are the BARs of a function that is on a bus, in order.
+func (c *Config) Regions() (list []Region) {
+	rc := c.at.Load().bus.rc
+	rc.mu.Lock()
+	defer rc.mu.Unlock()
+	for i, b := range c.bars {
+		if b != nil {
+			list = append(list, Region{i, b.base, b.Size, b.Is64, b.Prefetchable, b.mapped})
+		}
+	}
+	return list
+}
+
+// Windows are the ranges of memory that a bridge passes down; one of size zero is closed.
+func (c *Config) Windows() (mem, prefetchable devices.Range) { return c.windows() }
+
 // address is where the register says that the BAR is.
 func (c *Config) address(b *bar) uint64 {
 	c.mu.Lock()

@@ -9,6 +9,7 @@
 package qmp
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"io"
@@ -354,11 +355,15 @@ func (c *session) write(v any) error {
 }
 
 func (c *session) send(v any) error {
-	line, err := json.Marshal(v)
-	if err != nil {
+	var line bytes.Buffer
+	enc := json.NewEncoder(&line)
+	enc.SetEscapeHTML(false)
+	if err := enc.Encode(v); err != nil {
 		return err
 	}
-	_, err = c.conn.Write(append(line, '\r', '\n'))
+	line.Truncate(line.Len() - 1)
+	line.WriteString("\r\n")
+	_, err := c.conn.Write(line.Bytes())
 	return err
 }
 

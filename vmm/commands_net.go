@@ -1,0 +1,267 @@
+package vmm
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"sync"
+	"time"
+
+	virtionet "baton/devices/virtio/net"
+	"baton/vmm/qmp"
+)
+
+// nics is what the machine knows of its network besides the devices.
+type nics struct {
+	idle map[string]virtionet.Backend // of netdevs that no device uses, by id
+
+	mu   sync.Mutex
+	told map[string]bool // NICs whose change of filter nobody has asked about yet
+}
+
+// netName is what QMP calls a NIC.
+func (d *Device) netName() string {
+	if d.ID == "" {
+		return d.Driver + "." + d.Addr
+	}
+	return d.ID
+}
+
+type filterEvent struct {
+	Name string `json:"name"`
+	Path string `json:"path"`
+}
+
+// changed tells clients, once until they ask, that a driver has changed its filter.
+func (n *nics) changed(name string, events *EventBus) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if !n.told[name] {
+		if n.told == nil {
+			n.told = map[string]bool{}
+		}
+		n.told[name] = true
+		events.Publish("NIC_RX_FILTER_CHANGED", filterEvent{name, peripheral + "/" + name + "/virtio-backend"})
+	}
+}
+
+// nic is a network device that there is.
+type nic struct {
+	*Device
+	*virtionet.Net
+}
+
+func (m *Machine) networkCards() (list []nic) {
+	for _, d := range m.devices {
+		if model, ok := d.model.(*virtionet.Net); ok {
+			list = append(list, nic{d.Device, model})
+		}
+	}
+	return list
+}
+
+type (
+	netdevType string
+	netdevArgs struct {
+		Type       netdevType `json:"type"`
+		ID         string     `json:"id"`
+		IfName     *string    `json:"ifname,omitempty"`
+		Script     *string    `json:"script,omitempty"`
+		DownScript *string    `json:"downscript,omitempty"`
+		VHost      *bool      `json:"vhost,omitempty"`
+		Queues     *int64     `json:"queues,omitempty"`
+		FD         *string    `json:"fd,omitempty"`
+		FDs        *string    `json:"fds,omitempty"`
+	}
+	idArgs struct {
+		ID string `json:"id"`
+	}
+	linkArgs struct {
+		Name string `json:"name"`
+		Up   bool   `json:"up"`
+	}
+	filterArgs struct {
+		Name *string `json:"name"`
+	}
+	announceArgs struct {
+		Initial    int64    `json:"initial"` // milliseconds
+		Max        int64    `json:"max"`
+		Rounds     int64    `json:"rounds"`
+		Step       int64    `json:"step"`
+		Interfaces []string `json:"interfaces,omitempty"`
+		ID         *string  `json:"id"`
+	}
+)
+
+func (netdevType) Values() []string { return []string{"tap"} }
+
+func (m *Machine) netCommands(ctx context.Context) []qmp.Command {
+	return []qmp.Command{
+		qmp.New("netdev_add", func(a netdevArgs) (none qmp.None, err error) { return none, m.netdevAdd(ctx, a) }),
+		qmp.New("netdev_del", func(a idArgs) (none qmp.None, err error) { return none, m.netdevDel(a.ID) }),
+		qmp.New("set_link", m.setLink),
+		qmp.New("announce-self", func(a announceArgs) (none qmp.None, err error) { go m.announce(ctx, a); return }),
+		qmp.New("query-rx-filter", m.rxFilters),
+	}
+}
+
+// netdevAdd makes a netdev, which waits for a device to use it.
+func (m *Machine) netdevAdd(ctx context.Context, a netdevArgs) error {
+	switch {
+	case !wellFormedID.MatchString(a.ID):
+		return qmp.Errorf(qmp.GenericError, "Parameter 'id' expects an identifier")
+	case m.cfg.Netdev(a.ID) != nil:
+		return qmp.Errorf(qmp.GenericError, "Duplicate ID '%s'", a.ID)
+	}
+	text, err := json.Marshal(a)
+	if err != nil {
+		return err
+	}
+	p := parser{cfg: &Config{}}
+	_, vals, _, err := parseObject(string(text), "type", netdevKinds)
+	if err != nil {
+		return err
+	}
+	if err := p.addNetdev(string(a.Type), vals); err != nil {
+		return err
+	}
+	var bad problems
+	if p.cfg.validateBackends(&bad); len(bad) > 0 {
+		return bad[0]
+	}
+	backend, err := netBackend(ctx, &p.cfg.Netdevs[0])
+	if err != nil {
+		return err
+	}
+	m.cfg.Netdevs = append(m.cfg.Netdevs, p.cfg.Netdevs[0])
+	if m.nics.idle == nil {
+		m.nics.idle = map[string]virtionet.Backend{}
+		m.onClose(func() (err error) {
+			for _, b := range m.nics.idle {
+				err = errors.Join(err, b.Close())
+			}
+			return err
+		})
+	}
+	m.nics.idle[a.ID] = backend
+	return nil
+}
+
+func (m *Machine) netdevDel(id string) error {
+	backend, idle := m.nics.idle[id]
+	if !idle && m.cfg.Netdev(id) != nil {
+		return qmp.Errorf(qmp.GenericError, "Netdev '%s' is in use", id)
+	} else if !idle {
+		return qmp.NoDevice(id)
+	}
+	delete(m.nics.idle, id)
+	m.cfg.Netdevs = slices.DeleteFunc(m.cfg.Netdevs, func(n Netdev) bool { return n.ID == id })
+	return backend.Close()
+}
+
+// setLink takes the id of a NIC or of its netdev.
+func (m *Machine) setLink(a linkArgs) (none qmp.None, err error) {
+	for _, n := range m.networkCards() {
+		if n.netName() == a.Name || n.Text("netdev") == a.Name {
+			n.SetLink(a.Up)
+			return none, nil
+		}
+	}
+	return none, qmp.NoDevice(a.Name)
+}
+
+// announce tells the network where the guest is, in rounds that get further apart.
+func (m *Machine) announce(ctx context.Context, a announceArgs) {
+	wait := min(max(0, a.Initial), a.Max)
+	for range a.Rounds {
+		err := m.call(func() {
+			for _, n := range m.networkCards() {
+				if a.Interfaces == nil || slices.Contains(a.Interfaces, n.netName()) {
+					if err := n.Announce(); err != nil {
+						m.log.Warn(fmt.Sprintf("announce %s: %v", n.Device, err))
+					}
+				}
+			}
+		})
+		if err != nil {
+			return
+		}
+		select {
+		case <-time.After(time.Duration(wait) * time.Millisecond):
+		case <-ctx.Done():
+			return
+		}
+		wait = min(max(0, wait+a.Step), a.Max)
+	}
+}
+
+// rxFilter is QEMU's RxFilterInfo.
+type rxFilter struct {
+	Name              string   `json:"name"`
+	Promiscuous       bool     `json:"promiscuous"`
+	Multicast         rxState  `json:"multicast"`
+	Unicast           rxState  `json:"unicast"`
+	VLAN              rxState  `json:"vlan"`
+	Broadcast         bool     `json:"broadcast-allowed"`
+	MulticastOverflow bool     `json:"multicast-overflow"`
+	UnicastOverflow   bool     `json:"unicast-overflow"`
+	MAC               string   `json:"main-mac"`
+	VLANs             []int64  `json:"vlan-table"`
+	UnicastTable      []string `json:"unicast-table"`
+	MulticastTable    []string `json:"multicast-table"`
+}
+
+type rxState string
+
+func (rxState) Values() []string { return []string{"normal", "none", "all"} }
+
+func receiveState(all, none bool) rxState {
+	switch {
+	case all:
+		return "all"
+	case none:
+		return "none"
+	}
+	return "normal"
+}
+
+// rxFilters is query-rx-filter. Who asks is told of the next change.
+func (m *Machine) rxFilters(a filterArgs) (list []rxFilter, err error) {
+	m.nics.mu.Lock()
+	defer m.nics.mu.Unlock()
+	for _, n := range m.networkCards() {
+		if a.Name != nil && *a.Name != n.netName() {
+			continue
+		}
+		delete(m.nics.told, n.netName())
+		f := n.RxFilter()
+		vlans := []int64{}
+		for v := range 64 * len(f.VLANs) {
+			if f.VLANs[v/64]>>(v%64)&1 != 0 {
+				vlans = append(vlans, int64(v))
+			}
+		}
+		list = append(list, rxFilter{
+			Name: n.netName(), Promiscuous: f.Promiscuous, Broadcast: !f.NoBroadcast,
+			Multicast: receiveState(f.AllMulti, f.NoMulti), Unicast: receiveState(f.AllUni, f.NoUni),
+			VLAN:              receiveState(!f.VLANFilter, len(vlans) == 0),
+			MulticastOverflow: f.MulticastOverflow, UnicastOverflow: f.UnicastOverflow,
+			MAC: macs(f.MAC)[0], VLANs: vlans, UnicastTable: macs(f.Unicast...), MulticastTable: macs(f.Multicast...),
+		})
+	}
+	if a.Name != nil && list == nil {
+		return nil, qmp.Errorf(qmp.GenericError, "invalid net client name: %s", *a.Name)
+	}
+	return list, nil
+}
+
+func macs(addrs ...virtionet.MAC) []string {
+	list := []string{}
+	for _, a := range addrs {
+		list = append(list, net.HardwareAddr(a[:]).String())
+	}
+	return list
+}
