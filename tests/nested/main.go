@@ -107,9 +107,21 @@ func newEnv() (env, error) {
 	return e, os.MkdirAll(e.cache, 0o755)
 }
 
-// start brings up a nested host, installing what it takes. The caller closes it and
-// removes its folder m.out.
-func (e env) start(ctx context.Context, tty bool) (*machine, error) {
+// runDir returns the folder for what one run leaves: out, or a new one if that is "".
+func (e env) runDir(out string) (string, error) {
+	if out == "" {
+		return os.MkdirTemp(e.cache, "run-")
+	}
+	out, err := filepath.Abs(out)
+	if err != nil {
+		return "", err
+	}
+	return out, os.MkdirAll(out, 0o755)
+}
+
+// start brings up a nested host, installing what it takes, with its logs in out. The
+// caller closes it and removes its folder m.out.
+func (e env) start(ctx context.Context, tty bool, out string) (*machine, error) {
 	if err := install(ctx); err != nil {
 		return nil, err
 	}
@@ -123,7 +135,7 @@ func (e env) start(ctx context.Context, tty bool) (*machine, error) {
 	if c.initramfs, err = buildInitramfs(e.cache, c.kernel, modules, program); err != nil {
 		return nil, err
 	}
-	if c.out, err = os.MkdirTemp(e.cache, "run-"); err != nil {
+	if c.out, err = e.runDir(out); err != nil {
 		return nil, err
 	}
 	m, err := boot(ctx, c)
@@ -168,7 +180,7 @@ func (e env) shell(ctx context.Context, argv []string) (int, error) {
 	if !term.IsTerminal(fd) {
 		return 1, errors.New("shell: no terminal; use exec")
 	}
-	m, err := e.start(ctx, true)
+	m, err := e.start(ctx, true, "")
 	if err != nil {
 		return 1, err
 	}
@@ -194,7 +206,7 @@ func (e env) exec(ctx context.Context, argv []string) (int, error) {
 	if err != nil {
 		return 1, err
 	}
-	m, err := e.start(ctx, false)
+	m, err := e.start(ctx, false, "")
 	if err != nil {
 		return 1, err
 	}

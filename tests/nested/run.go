@@ -77,7 +77,7 @@ func (e env) runSuites(ctx context.Context, o runOptions, patterns []string) (in
 		return 1, err
 	}
 	if os.Getenv("BATON_TEST") == "host" {
-		return e.goTest(ctx, o, "on this host", []string{"BATON_BIN=" + baton}, append([]string{"-count=1", "-p=1"}, paths(suites)...))
+		return e.runOnHost(ctx, o, suites, baton)
 	}
 	bin := filepath.Join(e.cache, "suites")
 	if err := os.RemoveAll(bin); err != nil {
@@ -91,7 +91,7 @@ func (e env) runSuites(ctx context.Context, o runOptions, patterns []string) (in
 		return 1, err
 	}
 	defer events.Close()
-	m, err := e.start(ctx, false)
+	m, err := e.start(ctx, false, o.out)
 	if err != nil {
 		return 1, err
 	}
@@ -116,30 +116,22 @@ func (e env) runSuites(ctx context.Context, o runOptions, patterns []string) (in
 
 // conclude keeps or removes what a run left and says the result.
 func (e env) conclude(ctx context.Context, m *machine, o runOptions, r *report, problems []error) (int, error) {
-	err := errors.Join(problems...)
 	if ctx.Err() != nil {
 		os.RemoveAll(m.out)
 		return 130, errors.New("interrupted")
 	}
-	kept := m.out
-	if o.out != "" {
-		if merr := os.MkdirAll(filepath.Dir(o.out), 0o755); merr != nil {
-			return 1, errors.Join(err, merr)
-		}
-		os.RemoveAll(o.out)
-		if merr := os.Rename(m.out, o.out); merr != nil {
-			return 1, errors.Join(err, merr)
-		}
-		kept = o.out
+	err := errors.Join(problems...)
+	ok := r.ok() && err == nil
+	if ok && o.out == "" {
+		os.RemoveAll(m.out)
+	} else {
+		say("logs and serial output: %s", m.out)
 	}
-	if r.ok() && err == nil {
-		if o.out == "" {
-			os.RemoveAll(m.out)
-		}
-		return 0, o.conclude(r, "in the nested host")
+	err = errors.Join(err, o.conclude(r, "in the nested host"))
+	if !ok || err != nil {
+		return 1, err
 	}
-	say("logs and serial output: %s", kept)
-	return 1, errors.Join(err, o.conclude(r, "in the nested host"))
+	return 0, nil
 }
 
 // conclude says the result, in a file too if one is asked for.
@@ -238,6 +230,23 @@ func exitProblem(x proto.Exit) error {
 		errs = append(errs, fmt.Errorf("left running: %s", strings.Join(x.Running, ", ")))
 	}
 	return errors.Join(errs...)
+}
+
+// runOnHost runs the packages here, one at a time: they share the host's network.
+func (e env) runOnHost(ctx context.Context, o runOptions, suites []suite, baton string) (code int, err error) {
+	out, err := e.runDir(o.out)
+	if err != nil {
+		return 1, err
+	}
+	defer func() {
+		if code == 0 && o.out == "" {
+			os.RemoveAll(out)
+		} else {
+			say("logs: %s", out)
+		}
+	}()
+	environ := []string{"BATON_BIN=" + baton, "BATON_REPO=" + e.repo, "BATON_ARTIFACTS=" + out}
+	return e.goTest(ctx, o, "on this host", environ, append([]string{"-count=1", "-p=1"}, paths(suites)...))
 }
 
 // runLocal runs packages here, under the race detector.
