@@ -10,6 +10,7 @@
 //	0x6000    hvm_start_info, memory map, module list
 //	0x7000    command line
 //	0xe0000   ACPI tables
+//	0xffff0   what resets the machine
 //	p_paddr   kernel segments (Linux: from 16 MiB)
 //	...       initrd, as high in low RAM as it goes
 package boot
@@ -215,6 +216,7 @@ func putBootData(mem *guestmem.Memory, cfg Config, initrd guestmem.Range) error 
 		{modlistAddr, modlistEntry{Addr: initrd.Base, Size: initrd.Size}},
 		{cmdlineAddr, append([]byte(cfg.Cmdline), 0)},
 		{ACPIBase, cfg.ACPI},
+		{resetVector, resetCode},
 	} {
 		b, err := binary.Append(nil, binary.LittleEndian, d.data)
 		if err != nil {

@@ -85,6 +85,7 @@ func TestStartInfo(t *testing.T) {
 		t.Errorf("RSDP at %#x", got)
 	}
 	wantBytes(t, mem, ACPIBase, acpi)
+	wantBytes(t, mem, 0xf_fff0, resetCode)
 	memmap, n := u64(si+40), u32(si+48)
 	if want := m.E820(); n != uint64(len(want)) {
 		t.Errorf("%d memory map entries, want %d", n, len(want))
@@ -219,7 +220,7 @@ func TestLoadRefusesFiles(t *testing.T) {
 		{"command line too long", Config{Kernel: kernel, Cmdline: strings.Repeat("x", cmdlineMax+1)}, "32768 bytes are more than the 32767"},
 		{"too long for bzImage", Config{Kernel: tempFile(t, bzImage(testPayload(), nil)), Cmdline: strings.Repeat("x", 2048)},
 			"2048 bytes are more than the 2047 this kernel takes"},
-		{"too much ACPI", Config{Kernel: kernel, ACPI: make([]byte, ACPISize+1)}, "131073 bytes do not fit into 131072"},
+		{"too much ACPI", Config{Kernel: kernel, ACPI: make([]byte, ACPISize+1)}, "131057 bytes do not fit into 131056"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			m, mem := newMem(t, 64*mib)

@@ -22,8 +22,20 @@ const (
 	// ACPIBase is where Config.ACPI goes: the part of the BIOS area that an operating
 	// system also searches for the RSDP (ACPI 6.5, 5.2.5.1).
 	ACPIBase = 0xe_0000
-	ACPISize = 0x2_0000
+	ACPISize = resetVector - ACPIBase
+
+	// resetVector is where a CPU in real mode begins with the BIOS, f000:fff0. Linux jumps
+	// there to reboot a hardware-reduced ACPI machine that has no EFI (arch/x86/kernel/reboot.c).
+	resetVector = 0xf_fff0
 )
+
+// resetCode is the whole BIOS: it writes 6, a full reset, to the reset control register.
+var resetCode = []byte{
+	0xba, 0xf9, 0x0c, // mov $0xcf9, %dx
+	0xb0, 0x06, //       mov $6, %al
+	0xee, //             out %al, (%dx)
+	0xf4, //             hlt
+}
 
 const (
 	page   = 4 << 10
