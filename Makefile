@@ -45,7 +45,7 @@ bench: $(NESTED) build images $(CACHE)/bin/gokvm ## compare with QEMU, in the ne
 	@$(NESTED) run -limit 60m -out $(CACHE)/bench -json $(CACHE)/bench.json ./tests/bench
 	@cat $(CACHE)/bench-here/table.txt $(CACHE)/bench/bench/table.txt
 
-images: ## build the guests' initramfs images into .cache/images
+images: install ## build the guests' initramfs images into .cache/images
 	@cd guest-images && $(GO) run . test demo
 
 lint: $(CACHE)/bin/staticcheck ## gofmt, vet, staticcheck, import arrows
@@ -65,7 +65,7 @@ fuzz: ## run every fuzz target for FUZZTIME
 		done; \
 	done; echo "$$n fuzz targets ran for $(FUZZTIME) each" | tee $(CACHE)/fuzz.txt
 
-nested: $(NESTED) images ## a shell in the nested host
+nested: $(NESTED) build images ## a shell in the nested host
 	@$(NESTED) shell
 
 clean: ## remove what was built
