@@ -36,6 +36,7 @@ type Machine struct {
 	serial *chipset.Serial // COM1, may be nil
 	pci    *pci.RootComplex
 	vcpus  []*vcpu
+	loaded *boot.Entry // the kernel is in RAM and has not run
 
 	gate     *gate
 	requests chan request
@@ -72,7 +73,8 @@ func New(ctx context.Context, cfg *Config, log *slog.Logger) (_ *Machine, err er
 	if err := m.buildCore(sys); err != nil {
 		return nil, err
 	}
-	if err := errors.Join(m.buildChipset(ctx), m.buildDevices(ctx), m.openMonitors(ctx)); err != nil {
+	// The kernel is loaded here, so that what is wrong with it is said with all the rest.
+	if err := errors.Join(m.buildChipset(ctx), m.buildDevices(ctx), m.openMonitors(ctx), m.firstLoad()); err != nil {
 		return nil, err
 	}
 	if err := m.buildVCPUs(sys); err != nil {
@@ -233,8 +235,19 @@ func (m *Machine) resetDevices() error {
 	return m.pci.Reset()
 }
 
+// firstLoad does what loadKernel does, for the next one, too.
+func (m *Machine) firstLoad() error {
+	entry, err := m.loadKernel()
+	m.loaded = &entry
+	return err
+}
+
 // loadKernel fills RAM with the kernel and what it wants to know.
 func (m *Machine) loadKernel() (boot.Entry, error) {
+	if entry := m.loaded; entry != nil {
+		m.loaded = nil
+		return *entry, nil
+	}
 	tables, _ := acpi.Tables(acpi.Config{
 		Base:   boot.ACPIBase,
 		CPUs:   m.cfg.SMP,
