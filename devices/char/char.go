@@ -31,7 +31,7 @@ type Options struct {
 // once, Read by one at a time.
 type Port struct {
 	name    string
-	escape  *escape
+	monitor *Monitor // nil unless shared with one
 	dropped atomic.Uint64
 	listen  net.Listener  // nil unless a server
 	drained chan struct{} // closed when the writing goroutine has ended
@@ -61,15 +61,17 @@ func (p *Port) open(ctx context.Context, spec Spec, o Options) (err error) {
 	switch spec.Kind {
 	case None, Null:
 	case Stdio:
-		if o.OnQuit != nil {
-			p.escape = &escape{quit: o.OnQuit, port: p}
+		if p.peer, err = openStdio(); err == nil {
+			p.shareStdio(spec.Monitor, o.OnQuit)
 		}
-		p.peer, err = openStdio()
 	case File:
 		p.peer, err = openFile(spec.Path)
 	case PTY:
 		p.peer, p.name, err = openPTY()
 	case Unix, TCP:
+		if spec.Telnet {
+			return errors.New("only a monitor speaks telnet\nhint: say tcp: instead of telnet:")
+		}
 		if !spec.Server {
 			p.peer, err = Dial(ctx, spec)
 			return err
@@ -103,9 +105,6 @@ func (p *Port) Read(b []byte) (int, error) {
 			return 0, io.EOF
 		}
 		n, err := peer.Read(b)
-		if p.escape != nil {
-			n = len(p.escape.filter(b[:n]))
-		}
 		if err != nil {
 			p.hangUp(peer)
 		}

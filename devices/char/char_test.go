@@ -416,9 +416,7 @@ func stdioPort(t *testing.T, in, out *os.File, quit func()) *Port {
 	}
 	p := &Port{peer: s, drained: make(chan struct{})}
 	p.change.L = &p.mu
-	if quit != nil {
-		p.escape = &escape{quit: quit, port: p}
-	}
+	p.shareStdio(true, quit)
 	go p.drain()
 	t.Cleanup(func() { p.Close() })
 	return p
@@ -528,5 +526,48 @@ func TestEscapeInPort(t *testing.T) {
 	case <-quit:
 	default:
 		t.Error("C-a x did nothing")
+	}
+}
+
+// The escape character works though nobody reads the port, and Ctrl-A c turns to the monitor
+// and back.
+func TestMonitorInPort(t *testing.T) {
+	master, tty := terminal(t)
+	quit := make(chan struct{})
+	p := stdioPort(t, tty, tty, func() { close(quit) })
+	m := p.Monitor()
+	say(t, m, "greeting") // nobody has turned to it
+	for range 40 {
+		say(t, master, "the guest does not read this\r") // more than a UART takes
+	}
+	say(t, master, "\x01cstop\r\x01\x01\x01cguest")
+	hear(t, m, "\rstop\r\x01")
+	say(t, m, "prompt")
+	hear(t, master, "prompt")
+	for range 40 {
+		hear(t, p, "the guest does not read this\r")
+	}
+	hear(t, p, "guest")
+	say(t, master, strings.Repeat("\x01c\x01c", 2*monitorAhead)+"\x01x") // keys that the monitor does not take
+	within(t, "quit", func() error { <-quit; return nil })
+	if err := p.Close(); err != nil {
+		t.Error(err)
+	}
+	within(t, "the end of the monitor", func() error {
+		for {
+			if _, err := m.Read(make([]byte, 1)); err == io.EOF {
+				return nil
+			}
+		}
+	})
+}
+
+func TestTelnetPort(t *testing.T) {
+	spec, err := Parse("telnet:127.0.0.1:0,server,nowait")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p, err := Open(t.Context(), spec, Options{}); err == nil || !strings.Contains(err.Error(), "only a monitor speaks telnet") {
+		t.Errorf("%v, %v", p, err)
 	}
 }

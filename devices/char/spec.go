@@ -36,10 +36,12 @@ type Spec struct {
 	Server  bool   `json:"server,omitempty"`  // Unix, TCP: listen
 	Wait    bool   `json:"wait,omitempty"`    // with Server: Open waits for the first peer
 	Monitor bool   `json:"monitor,omitempty"` // Stdio: shared with the monitor
+	Telnet  bool   `json:"telnet,omitempty"`  // TCP: for a monitor whose clients speak telnet
 }
 
 const accepted = "accepted: stdio, mon:stdio, null, none, pty, file:PATH, " +
-	"unix:PATH[,server=on|off][,wait=on|off], tcp:HOST:PORT[,server=on|off][,wait=on|off]"
+	"unix:PATH[,server=on|off][,wait=on|off], tcp:HOST:PORT[,server=on|off][,wait=on|off], " +
+	"for a monitor telnet:HOST:PORT[,server=on|off][,wait=on|off]"
 
 // Parse reads a Spec as QEMU's -serial spells it. In a path or host, a comma is written
 // twice. A server waits for its first peer unless told otherwise.
@@ -71,6 +73,9 @@ func parse(s string) (Spec, error) {
 			return spec, fmt.Errorf("the path is missing")
 		}
 		return spec, nil
+	case "telnet":
+		spec = Spec{Kind: TCP, Telnet: true}
+		return spec, spec.parseSocket(rest)
 	case Unix, TCP:
 		return spec, spec.parseSocket(rest)
 	}

@@ -27,6 +27,7 @@ func TestParse(t *testing.T) {
 		"tcp::4444,server=on,wait=on":            {Kind: TCP, Path: ":4444", Server: true, Wait: true},
 		"tcp:[::1]:65535,server=on,wait=off":     {Kind: TCP, Path: "[::1]:65535", Server: true},
 		"tcp:127.0.0.1:0,wait=off,server=on":     {Kind: TCP, Path: "127.0.0.1:0", Server: true},
+		"telnet:127.0.0.1:5555,server,nowait":    {Kind: TCP, Telnet: true, Path: "127.0.0.1:5555", Server: true},
 		"unix:/s,server=on,server=off,server=on": {Kind: Unix, Path: "/s", Server: true, Wait: true},
 	} {
 		if got, err := Parse(s); err != nil || got != want {
@@ -39,7 +40,7 @@ func TestParseErrors(t *testing.T) {
 	for s, want := range map[string]string{
 		"":                      `unknown kind ""`,
 		"sdtio":                 `unknown kind "sdtio"`,
-		"telnet::4444":          `unknown kind "telnet"`,
+		"telnet:4444":           `missing port`,
 		"stdio:x":               `stdio takes nothing after the colon, not "x"`,
 		"null:":                 `null takes nothing after the colon, not ""`,
 		"mon:":                  `the monitor can share stdio only, not ""`,

@@ -125,11 +125,15 @@ const ctrlA = 0x01
 
 const escapeHelp = "\r\nC-a h    print this help\r\nC-a x    quit\r\nC-a C-a  send C-a\r\n"
 
+const escapeMonitorHelp = "C-a c    turn to the monitor, and back\r\n"
+
 // escape finds the commands that follow Ctrl-A in what is typed.
 type escape struct {
-	quit  func()
-	port  io.Writer // for the help
-	armed bool      // the last byte was Ctrl-A
+	quit    func()
+	port    io.Writer // for the help
+	monitor *Monitor  // nil unless it shares the terminal
+	armed   bool      // the last byte was Ctrl-A
+	turned  bool      // to the monitor
 }
 
 // filter returns what is left for the guest, in the same memory.
@@ -140,14 +144,132 @@ func (e *escape) filter(p []byte) []byte {
 		case !e.armed && c == ctrlA:
 			e.armed = true
 			continue
+		case (!e.armed || c == ctrlA) && e.turned:
+			e.monitor.typed(c)
 		case !e.armed, c == ctrlA:
 			out = append(out, c)
 		case c == 'x':
 			e.quit()
+		case c == 'c' && e.monitor != nil:
+			if e.turned = !e.turned; e.turned {
+				e.monitor.shown.Store(true)
+				e.monitor.typed('\r') // it answers with its prompt
+			}
 		case c == 'h', c == '?':
-			_, _ = e.port.Write([]byte(escapeHelp))
+			help := escapeHelp
+			if e.monitor != nil {
+				help += escapeMonitorHelp
+			}
+			_, _ = e.port.Write([]byte(help))
 		}
 		e.armed = false
 	}
 	return out
+}
+
+// Monitor is the end, for a monitor, of a terminal that it shares with the guest. It says
+// nothing before Ctrl-A c has turned to it for the first time.
+type Monitor struct {
+	*Port
+	keys  chan byte
+	shown atomic.Bool
+}
+
+// Monitor returns the monitor's end of the port; nil unless the spec has one.
+func (p *Port) Monitor() *Monitor { return p.monitor }
+
+// typed never waits: a monitor that is busy for so long misses keys.
+func (m *Monitor) typed(c byte) {
+	select {
+	case m.keys <- c:
+	default:
+	}
+}
+
+// Read waits for a key. It ends with io.EOF once the port is closed.
+func (m *Monitor) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	select {
+	case p[0] = <-m.keys:
+		return 1, nil
+	case <-m.drained:
+		return 0, io.EOF
+	}
+}
+
+// Write never waits, as the port's.
+func (m *Monitor) Write(p []byte) (int, error) {
+	if !m.shown.Load() {
+		return len(p), nil
+	}
+	return m.Port.Write(p)
+}
+
+// Close does nothing: the terminal is the guest's too.
+func (m *Monitor) Close() error { return nil }
+
+// Bounds of what is typed ahead: of the monitor in bytes, of the guest in reads.
+const (
+	monitorAhead = 4 << 10
+	guestAhead   = 256
+)
+
+// shareStdio puts the escape character, if there is to be one, between the terminal and who
+// reads the port.
+func (p *Port) shareStdio(monitor bool, quit func()) {
+	if quit == nil {
+		return
+	}
+	if monitor {
+		p.monitor = &Monitor{Port: p, keys: make(chan byte, monitorAhead)}
+	}
+	a := &ahead{ReadWriteCloser: p.peer, typed: make(chan []byte, guestAhead), done: make(chan struct{})}
+	p.peer = a
+	go a.fill(&escape{quit: quit, port: p, monitor: p.monitor})
+}
+
+// ahead reads what is typed before the guest wants it: the escape character works while the
+// guest stands still.
+type ahead struct {
+	io.ReadWriteCloser
+	typed chan []byte
+	rest  []byte
+	done  chan struct{} // closed by Close
+}
+
+func (a *ahead) fill(e *escape) {
+	defer close(a.typed)
+	for {
+		b := make([]byte, 256)
+		n, err := a.ReadWriteCloser.Read(b)
+		if b = e.filter(b[:n]); len(b) > 0 {
+			select {
+			case a.typed <- b:
+			case <-a.done:
+				return
+			}
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+func (a *ahead) Read(p []byte) (int, error) {
+	if len(a.rest) == 0 {
+		var ok bool
+		if a.rest, ok = <-a.typed; !ok {
+			return 0, io.EOF
+		}
+	}
+	n := copy(p, a.rest)
+	a.rest = a.rest[n:]
+	return n, nil
+}
+
+func (a *ahead) Close() error {
+	close(a.done)
+	return a.ReadWriteCloser.Close()
 }
