@@ -19,14 +19,18 @@ import (
 )
 
 // ownMemory sums up what a process has for itself, in bytes: the private pages of its
-// mappings in smaps (proc(5)), without the one that is the guest's RAM, known by its size:
-// it may be larger by what aligns it to huge pages.
+// mappings in smaps (proc(5)), without the one that is the guest's RAM, known by being
+// writable and of its size, or larger by what aligns it to huge pages.
 func ownMemory(smaps io.Reader, guestRAM uint64) (private uint64, err error) {
 	const kib = 1 << 10
 	const alignment = 2 << 20
-	isGuest, guests := false, 0
+	writable, isGuest, guests := false, false, 0
 	lines := bufio.NewScanner(smaps)
 	for lines.Scan() {
+		if f := strings.Fields(lines.Text()); len(f) >= 5 && len(f[1]) == 4 && strings.Contains(f[3], ":") {
+			writable = strings.HasPrefix(f[1], "rw") // a new mapping: address, mode, offset, device
+			continue
+		}
 		key, rest, _ := strings.Cut(lines.Text(), ":")
 		var value uint64
 		if field, _, ok := strings.Cut(strings.TrimSpace(rest), " kB"); ok {
@@ -36,7 +40,7 @@ func ownMemory(smaps io.Reader, guestRAM uint64) (private uint64, err error) {
 		}
 		switch key {
 		case "Size":
-			if isGuest = value*kib >= guestRAM && value*kib <= guestRAM+alignment; isGuest {
+			if isGuest = writable && value*kib >= guestRAM && value*kib <= guestRAM+alignment; isGuest {
 				guests++
 			}
 		case "Private_Clean", "Private_Dirty":

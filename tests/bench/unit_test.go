@@ -58,6 +58,7 @@ func TestOwnMemory(t *testing.T) {
 		ok          bool
 	}{
 		{"usual", other + guest + other, 24 << 10, true},
+		{"a reservation of that size", guest + strings.Replace(guest, "rw-p", "---p", 1) + other, 912 << 10, true},
 		{"no guest", other, 0, false},
 		{"two of that size", guest + guest, 0, false},
 		{"nonsense", guest + "Size: x kB\n", 0, false},
