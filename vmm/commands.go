@@ -34,10 +34,8 @@ func do(name string, f func()) qmp.Command {
 // commands are all commands of QMP that the machine has. They run in the main loop, so that
 // each sees and leaves a machine that does not change meanwhile. Ctx ends what takes long.
 func (m *Machine) commands(ctx context.Context) []qmp.Command {
-	quit := do("quit", func() {})
-	quit.After = func() { _ = m.call(func() { m.quit = "host-qmp-quit" }) }
 	return slices.Concat(m.queries(), m.pciCommands(), m.netCommands(ctx), []qmp.Command{
-		quit,
+		do("quit", func() { m.end("host-qmp-quit") }),
 		do("stop", func() {
 			if m.State() == StateRunning {
 				m.stop(StatePaused)

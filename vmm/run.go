@@ -137,11 +137,12 @@ func (m *Machine) Run(ctx context.Context) error {
 			m.setState(StateInternalError)
 			return ErrCrashed
 		}
-		m.events.Publish("SHUTDOWN", shutdownData{guestAsked(r.reason), r.reason})
 		if r.kind == requestQuit || !m.cfg.NoShutdown {
+			m.end(r.reason)
 			m.setState(StateShutdown)
 			return nil
 		}
+		m.events.Publish("SHUTDOWN", shutdownData{guestAsked(r.reason), r.reason})
 		m.stop(StateShutdown)
 	}
 }
@@ -161,10 +162,18 @@ func (m *Machine) next(ctx context.Context) request {
 		case f := <-m.calls:
 			f()
 		case <-ctx.Done():
-			m.quit = "host-signal"
+			return request{requestQuit, "host-signal"}
 		}
 	}
 	return request{requestQuit, m.quit}
+}
+
+// end has Run return, if it was not about to.
+func (m *Machine) end(reason string) {
+	if m.quit == "" {
+		m.quit = reason
+		m.events.Publish("SHUTDOWN", shutdownData{guestAsked(reason), reason})
+	}
 }
 
 // shutdownData is the data of QMP's SHUTDOWN and RESET events.

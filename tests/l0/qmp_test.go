@@ -110,7 +110,7 @@ func TestNoShutdown(t *testing.T) {
 			g, q := startQMP(t, tiny.Kernel(t, tiny.Say("up\n"), c.code, tiny.Halt), append(c.args, "-no-shutdown", "-S")...)
 			for range 2 {
 				q.Do("cont", nil)
-				heard(t, q, "RESUME")
+				q.WaitEvent("RESUME")
 				shutdown := q.WaitEvent("SHUTDOWN")
 				q.WaitEvent("STOP") // after it
 				if got := string(shutdown.Data); got != c.data {

@@ -13,9 +13,6 @@ import (
 // Command is a row of the table of commands; New makes it.
 type Command struct {
 	Name string
-	// After, if set, runs once the reply to a success is on its way, for what ends the
-	// conversation.
-	After func()
 
 	args, ret reflect.Type
 	run       func(args reflect.Value) (any, error)

@@ -161,6 +161,7 @@ type session struct {
 	conn io.ReadWriteCloser
 	done chan struct{} // closed at the end of the client's input
 
+	turn  sync.Mutex // held from a request to its reply
 	out   sync.Mutex // held while something is written: replies and events do not mix
 	ready bool       // capabilities are negotiated; events may be sent
 	next  uint64     // number of the next event
@@ -200,25 +201,21 @@ func (c *session) serve() {
 		if err != nil && !errors.As(err, &syntax) {
 			return
 		}
-		r, after := reply{Error: Errorf(GenericError, "%s", string(syntax))}, func() {}
+		c.turn.Lock()
+		r := reply{Error: Errorf(GenericError, "%s", string(syntax))}
 		if err == nil {
-			r, after = c.answer(request)
+			r = c.answer(request)
 		}
-		// A client that does not read its reply still gets what it wanted.
-		late := time.AfterFunc(closeTime, after)
 		err = c.write(r)
-		if late.Stop() {
-			after()
-		}
+		c.turn.Unlock()
 		if err != nil {
 			return
 		}
 	}
 }
 
-// answer carries out a request; after is for when the reply has been written.
-func (c *session) answer(request any) (r reply, after func()) {
-	after = func() {}
+// answer carries out a request.
+func (c *session) answer(request any) (r reply) {
 	object, ok := request.(map[string]any)
 	if ok {
 		if id, given := object["id"]; given {
@@ -238,15 +235,12 @@ func (c *session) answer(request any) (r reply, after func()) {
 		if v := reflect.ValueOf(r.Return); v.Kind() == reflect.Slice && v.IsNil() {
 			r.Return = []None{}
 		}
-		if command.After != nil {
-			after = command.After
-		}
-		return r, after
+		return r
 	}
 	if r.Return = nil; !errors.As(err, &r.Error) {
 		r.Error = Errorf(GenericError, "%v", err)
 	}
-	return r, after
+	return r
 }
 
 // parse checks the request's form: qmp-spec, "Issuing Commands".
@@ -367,8 +361,10 @@ func (c *session) send(v any) error {
 	return err
 }
 
-// hangUp ends the session once the client has what has happened so far.
+// hangUp ends the session once the client has its reply and what has happened so far.
 func (c *session) hangUp() {
+	c.turn.Lock()
+	defer c.turn.Unlock()
 	c.out.Lock()
 	defer c.out.Unlock()
 	if c.ready {
