@@ -37,7 +37,12 @@ type Guest struct {
 	Stderr *Log      // what the VMM says
 	Events *EventLog // empty if the VMM is not baton
 
-	t       testing.TB
+	t testing.TB
+	*process
+}
+
+// process is what all views of a guest share.
+type process struct {
 	name    string
 	cmd     *exec.Cmd
 	stdin   io.WriteCloser
@@ -49,6 +54,13 @@ type Guest struct {
 	listener  *net.UnixListener
 	agent     *agent
 	agentErr  error
+}
+
+// In returns the same guest for a subtest, which its methods then end in the case of failure.
+func (g *Guest) In(t testing.TB) *Guest {
+	v := *g
+	v.t = t
+	return &v
 }
 
 // Start starts a guest. When the test ends the process is killed, and if it failed the
@@ -64,7 +76,7 @@ func Start(t testing.TB, c GuestConfig) *Guest {
 	isQEMU := strings.HasPrefix(filepath.Base(c.VMM), "qemu")
 	g := &Guest{
 		Serial: NewLog(), Stderr: NewLog(), Events: NewEventLog(),
-		t: t, name: c.Name, ended: make(chan struct{}),
+		t: t, process: &process{name: c.Name, ended: make(chan struct{})},
 	}
 	args := slices.Clone(c.Args)
 	if !slices.Contains(args, "-serial") {

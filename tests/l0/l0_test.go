@@ -136,7 +136,7 @@ func startsAgain(t *testing.T, g *harness.Guest) {
 }
 
 func TestReset(t *testing.T) {
-	kernel := tiny.Kernel(t, tiny.Say("up\n"), tiny.Once(), tiny.Reset, tiny.Halt)
+	kernel := tiny.Kernel(t, tiny.Say("up\n"), tiny.Twice(tiny.Reset, tiny.Halt))
 	t.Run("again", func(t *testing.T) {
 		startsAgain(t, start(t, kernel))
 	})
@@ -200,7 +200,7 @@ func TestTripleFault(t *testing.T) {
 		}
 	})
 	t.Run("is a reset", func(t *testing.T) {
-		startsAgain(t, start(t, tiny.Kernel(t, tiny.Say("up\n"), tiny.Once(), tiny.TripleFault)))
+		startsAgain(t, start(t, tiny.Kernel(t, tiny.Say("up\n"), tiny.Twice(tiny.TripleFault, tiny.Halt))))
 	})
 }
 

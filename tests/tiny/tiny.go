@@ -14,6 +14,8 @@ import (
 	"baton/devices/chipset"
 )
 
+var le = binary.LittleEndian
+
 // Code is machine code that can be put anywhere, a piece of a kernel.
 type Code []byte
 
@@ -54,6 +56,80 @@ func Out(port uint16, v byte) Code {
 	return Code{0x66, 0xba, byte(port), byte(port >> 8), 0xb0, v, 0xee}
 }
 
+// Write stores the low width bytes of v, 1, 2 or 4 of them, at a physical address.
+func Write(addr uint32, width int, v uint32) Code {
+	at := le.AppendUint32(nil, addr)
+	value := le.AppendUint32(nil, v)[:width]
+	switch width {
+	case 1:
+		return slices.Concat(Code{0xc6, 0x05}, at, value)
+	case 2:
+		return slices.Concat(Code{0x66, 0xc7, 0x05}, at, value)
+	}
+	return slices.Concat(Code{0xc7, 0x05}, at, value)
+}
+
+// Read loads width bytes, 1, 2, 4 or 8 of them, from a physical address.
+func Read(addr uint32, width int) Code {
+	at := le.AppendUint32(nil, addr)
+	switch width {
+	case 1:
+		return append(Code{0x8a, 0x05}, at...)
+	case 2:
+		return append(Code{0x66, 0x8b, 0x05}, at...)
+	case 8:
+		return append(Code{0x0f, 0x6f, 0x05}, at...) // movq to %mm0
+	}
+	return append(Code{0x8b, 0x05}, at...)
+}
+
+// WriteMM stores the 8 bytes that Read got last.
+func WriteMM(addr uint32) Code { return le.AppendUint32(Code{0x0f, 0x7f, 0x05}, addr) }
+
+// OutN writes the low width bytes of v, 1, 2 or 4 of them, to a port.
+func OutN(port uint16, width int, v uint32) Code {
+	c := append(Code{0x66, 0xba, byte(port), byte(port >> 8)}, le.AppendUint32([]byte{0xb8}, v)...)
+	return append(c, map[int]Code{1: {0xee}, 2: {0x66, 0xef}, 4: {0xef}}[width]...)
+}
+
+// InN reads width bytes, 1, 2 or 4 of them, from a port.
+func InN(port uint16, width int) Code {
+	return append(Code{0x66, 0xba, byte(port), byte(port >> 8)}, map[int]Code{1: {0xec}, 2: {0x66, 0xed}, 4: {0xed}}[width]...)
+}
+
+// Sum adds up double words at the given addresses, so that their order matters, and writes
+// the sum to COM1 as eight letters from A to P.
+func Sum(addrs []uint32) Code {
+	c := Code{0x31, 0xc0} // xor %eax, %eax
+	for _, a := range addrs {
+		c = append(c, 0xc1, 0xc0, 5) //  rol $5, %eax
+		c = append(c, 0x03, 0x05)    //  add a, %eax
+		c = le.AppendUint32(c, a)
+	}
+	for range 8 {
+		c = append(c,
+			0xc1, 0xc0, 4, //            rol $4, %eax
+			0x89, 0xc1, //               mov %eax, %ecx
+			0x24, 0x0f, 0x04, 'A', //    and $15, %al; add $'A', %al
+			0x66, 0xba, 0xf8, 0x03, 0xee, // mov $0x3f8, %dx; out %al, (%dx)
+			0x89, 0xc8) //               mov %ecx, %eax
+	}
+	return c
+}
+
+// Twice runs first, and after a reset then: the byte that it keeps at 2 MiB is still there,
+// for RAM outlives a reset.
+func Twice(first, then Code) Code {
+	c := Code{
+		0xb0, 0x01, //                   mov $1, %al
+		0x86, 0x05, 0, 0, 0x20, 0x00, // xchg %al, 0x200000
+		0x84, 0xc0, //                   test %al, %al
+		0x0f, 0x85, //                   jnz then
+	}
+	c = le.AppendUint32(c, uint32(len(first)))
+	return slices.Concat(c, first, then)
+}
+
 // Say writes text to COM1.
 func Say(text string) Code {
 	var c Code
@@ -61,18 +137,6 @@ func Say(text string) Code {
 		c = append(c, Out(chipset.COM1Port, b)...)
 	}
 	return c
-}
-
-// Once runs what follows only the first time: after a reset the byte that it keeps at 2 MiB
-// is still there, for RAM outlives a reset.
-func Once() Code {
-	return Code{
-		0xb0, 0x01, //                   mov $1, %al
-		0x86, 0x05, 0, 0, 0x20, 0x00, // xchg %al, 0x200000
-		0x84, 0xc0, //                   test %al, %al
-		0x74, byte(len(Halt)), //        jz over
-		Halt[0], Halt[1], Halt[2],
-	}
 }
 
 // Kernel writes a kernel that runs the pieces one after the other and returns its path.
@@ -87,7 +151,6 @@ func Kernel(t testing.TB, pieces ...Code) string {
 
 // ELF returns the file: headers, the PVH note, the code as one segment.
 func ELF(code Code) []byte {
-	le := binary.LittleEndian
 	note := le.AppendUint32(nil, 4)
 	note = le.AppendUint32(note, 4)
 	note = le.AppendUint32(note, 18) // XEN_ELFNOTE_PHYS32_ENTRY

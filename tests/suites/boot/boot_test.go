@@ -69,18 +69,20 @@ func TestMachine(t *testing.T) {
 	clock := readClocks(t, g)
 	ctx := harness.Context(t, 5*time.Minute)
 
-	t.Run("processors", func(t *testing.T) { processors(t, g, 4) })
-	t.Run("memory", func(t *testing.T) { memory(t, g, 1<<30) })
-	t.Run("PCI tree", func(t *testing.T) { pciTree(t, ctx, g) })
-	t.Run("kernel log", func(t *testing.T) { kernelLog(t, ctx, g) })
-	t.Run("interrupts", func(t *testing.T) { interrupts(t, ctx, g) })
+	t.Run("processors", func(t *testing.T) { processors(t, g.In(t), 4) })
+	t.Run("memory", func(t *testing.T) { memory(t, g.In(t), 1<<30) })
+	t.Run("PCI tree", func(t *testing.T) { pciTree(t, ctx, g.In(t)) })
+	t.Run("kernel log", func(t *testing.T) { kernelLog(t, ctx, g.In(t)) })
+	t.Run("interrupts", func(t *testing.T) { interrupts(t, ctx, g.In(t)) })
 	t.Run("entropy", func(t *testing.T) {
+		g := g.In(t)
 		if got := g.Sh(ctx, "cat /sys/class/misc/hw_random/rng_current; head -c 4096 /dev/hwrng | gzip | wc -c"); !regexp.MustCompile(`^virtio_rng\.0\n4[01]\d\d$`).MatchString(got) {
 			t.Errorf("/dev/hwrng: %q", got)
 		}
 	})
-	t.Run("clock", func(t *testing.T) { clocks(t, g, clock) })
+	t.Run("clock", func(t *testing.T) { clocks(t, g.In(t), clock) })
 	t.Run("reboot", func(t *testing.T) {
+		g := g.In(t)
 		reset := rebootBy(t, g, "@reboot")
 		if want := `{"guest":true,"reason":"guest-reset"}`; string(reset.Data) != want {
 			t.Errorf("RESET %s, want %s", reset.Data, want)
@@ -90,6 +92,7 @@ func TestMachine(t *testing.T) {
 		kernelLog(t, ctx, g)
 	})
 	t.Run("panic", func(t *testing.T) {
+		g := g.In(t)
 		g.Output(ctx, "@modprobe", "pvpanic_mmio")
 		reset := rebootBy(t, g, "@panic")
 		panicked := g.WaitEvent(ctx, "GUEST_PANICKED")
@@ -101,6 +104,7 @@ func TestMachine(t *testing.T) {
 		}
 	})
 	t.Run("power off", func(t *testing.T) {
+		g := g.In(t)
 		g.Output(ctx, "@poweroff")
 		ends(t, g, "guest-shutdown")
 	})
