@@ -211,7 +211,11 @@ func (m *Machine) openSerial(ctx context.Context) (*char.Port, error) {
 	if spec == string(char.None) {
 		return nil, nil
 	}
-	return m.openChar(ctx, "serial port", spec)
+	p, err := m.openChar(ctx, "serial port", spec)
+	if err == nil {
+		m.shared = p.Monitor()
+	}
+	return p, err
 }
 
 func (b *builder) virtioNet(d *Device) (pci.Function, error) {

@@ -96,7 +96,7 @@ type Chardev struct {
 
 // Monitor is where clients that control the machine connect to.
 type Monitor struct {
-	Mode string `json:"mode"` // "control": QMP
+	Mode string `json:"mode"` // "control": QMP; "readline": the human monitor
 	Spec string `json:"spec"` // as a Serial
 }
 

@@ -8,14 +8,17 @@ import (
 	"strings"
 
 	"baton/devices/char"
+	"baton/vmm/hmp"
 	"baton/vmm/qmp"
 )
 
-const monitorQMP = "control" // Monitor.Mode, as -mon has it
+const monitorQMP = "control" // Monitor.Mode of a QMP server, as -mon has it
 
 // monitor is an open Monitor: a server, or a connection, or both for a server that waited.
 type monitor struct {
 	label    string
+	mode     string // Monitor.Mode
+	telnet   bool
 	listener net.Listener
 	conn     io.ReadWriteCloser
 }
@@ -27,7 +30,7 @@ func (m *Machine) openMonitors(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("monitor %s: %w", c.Spec, err)
 		}
-		mon.label = fmt.Sprintf("compat_monitor%d", i)
+		mon.mode, mon.label = c.Mode, fmt.Sprintf("compat_monitor%d", i)
 		if id, ok := strings.CutPrefix(c.Spec, "chardev:"); ok {
 			mon.label = id
 		}
@@ -51,6 +54,7 @@ func (m *Machine) openMonitor(ctx context.Context, c Monitor) (mon monitor, err 
 		text = m.cfg.Chardev(id).Spec
 	}
 	spec, err := char.Parse(text)
+	mon.telnet = spec.Telnet
 	switch {
 	case err != nil:
 	case spec.Kind != char.Unix && spec.Kind != char.TCP:
@@ -68,16 +72,28 @@ func (m *Machine) openMonitor(ctx context.Context, c Monitor) (mon monitor, err 
 
 // serveMonitors starts to serve the clients. Ctx is Run's.
 func (m *Machine) serveMonitors(ctx context.Context) {
+	var human *hmp.Monitor
 	s := qmp.NewServer(qmp.Config{
-		Version: qmpVersion(), Commands: m.commands(ctx), EventTypes: eventTypes, Events: m.events, Do: m.call,
+		Version: qmpVersion(), Commands: append(m.commands(ctx), humanCommand(&human)),
+		EventTypes: eventTypes, Events: m.events, Do: m.call,
 	})
+	human = m.newHuman(s)
+	m.onClose(s.Close)
+	open, cancel := context.WithCancel(context.Background()) // as long as the machine, which outlives ctx
+	m.onClose(func() error { cancel(); return nil })
 	for _, mon := range m.monitors {
-		if mon.listener != nil {
+		switch {
+		case mon.mode == monitorHMP:
+			m.serveHuman(open, human, mon)
+			continue
+		case mon.listener != nil:
 			go s.Serve(mon.listener)
 		}
 		if mon.conn != nil {
 			go s.ServeConn(mon.conn)
 		}
 	}
-	m.onClose(s.Close)
+	if m.shared != nil {
+		m.serveHuman(open, human, monitor{conn: m.shared})
+	}
 }

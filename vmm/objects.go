@@ -88,7 +88,7 @@ var (
 	}
 	monitorKinds = []schema{{name: "mon", props: []prop{
 		{name: "chardev", required: true, help: "id of the -chardev"},
-		{name: "mode", kind: kindEnum, enum: []string{monitorQMP}, required: true, help: "control: QMP"},
+		{name: "mode", kind: kindEnum, enum: []string{monitorQMP, monitorHMP}, def: monitorHMP, help: "control: QMP; readline: the human monitor"},
 	}}}
 	chardevID   = prop{name: "id", required: true, help: "name of the chardev"}
 	objectKinds = []schema{

@@ -2,6 +2,7 @@ package vmm
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,6 +13,8 @@ import (
 	"slices"
 	"strings"
 	"unicode/utf8"
+
+	"baton/devices/char"
 )
 
 // Invocation is what a command line asks for.
@@ -103,7 +106,7 @@ func options() []option {
 		{name: "drive", arg: "file=FILE[,KEY=VALUE...]", group: groupHost, help: "raw disk: if=virtio|none, id=, readonly=, cache=, serial=", kinds: driveKinds, add: (*parser).addDrive},
 		{name: "blockdev", arg: "DRIVER,node-name=ID...", group: groupHost, help: "the host's side of a disk: file,filename= or raw,file=NODE", key: "driver", kinds: blockdevKinds, add: (*parser).addBlockdev},
 		{name: "chardev", arg: "KIND,id=ID[,KEY=VALUE...]", group: groupHost, help: "socket, file, stdio, pty or null", key: "backend", kinds: chardevKinds, add: (*parser).addChardev},
-		{name: "serial", arg: "DEV", group: groupHost, help: "COM1: stdio, file:PATH, unix:PATH,server=on, chardev:ID, none; default: stdio",
+		{name: "serial", arg: "DEV", group: groupHost, help: "COM1: stdio, mon:stdio (monitor: C-a c), file:PATH, unix:PATH,..., none",
 			set: func(p *parser, arg string) error { p.cfg.Serials = append(p.cfg.Serials, arg); return nil }},
 		{name: "object", arg: "KIND,id=ID[,KEY=VALUE...]", group: groupHost, help: "memory-backend-memfd,size=,hugetlb=on, rng-random", key: "qom-type", kinds: objectKinds, add: (*parser).addObject},
 		{name: "nographic", group: groupRun, help: "no display, serial port on stdio; baton's way anyhow", set: nothing},
@@ -124,9 +127,17 @@ func options() []option {
 				p.cfg.Monitors = append(p.cfg.Monitors, Monitor{monitorQMP, arg})
 				return nil
 			}},
-		{name: "mon", arg: "chardev=ID,mode=control", group: groupRun, help: "the same, on a -chardev", kinds: monitorKinds,
+		{name: "monitor", arg: "DEV", group: groupRun, help: "the monitor for people: telnet:HOST:PORT,..., unix:PATH,..., stdio, none",
+			set: func(p *parser, arg string) error {
+				if arg != string(char.None) {
+					p.cfg.Monitors = append(p.cfg.Monitors, Monitor{monitorHMP, arg})
+				}
+				return nil
+			}},
+		{name: "mon", arg: "chardev=ID[,mode=MODE]", group: groupRun, help: "either of them on a -chardev: mode=control is QMP; default: readline", kinds: monitorKinds,
 			add: func(p *parser, _ string, v Values) error {
-				p.cfg.Monitors = append(p.cfg.Monitors, Monitor{v.take("mode"), "chardev:" + v.take("chardev")})
+				mode := cmp.Or(v.take("mode"), monitorHMP)
+				p.cfg.Monitors = append(p.cfg.Monitors, Monitor{mode, "chardev:" + v.take("chardev")})
 				return nil
 			}},
 		{name: "pidfile", arg: "FILE", group: groupRun, help: "write the process id there", set: setText(func(c *Config) *string { return &c.PIDFile })},

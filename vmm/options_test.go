@@ -57,6 +57,7 @@ const patchSeries = `-enable-kvm -m 3072 -smp 3
  -k fr
  -serial stdio
  -net none
+ -qmp unix:/tmp/qmp.socket,server,nowait -monitor telnet:127.0.0.1:5555,server,nowait
  -device pcie-root-port,id=root0,multifunction=on,chassis=0,addr=0xa
  -device pcie-root-port,id=root1,bus=pcie.0,chassis=1
  -device pcie-root-port,id=root2,bus=pcie.0,chassis=2

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"time"
+
+	"baton/devices/char"
 )
 
 // State is what the machine is doing; the names are QMP's RunState.
@@ -51,6 +53,7 @@ type control struct {
 	fault error         // the same, for what Run is to return
 
 	monitors []monitor
+	shared   *char.Monitor // on the serial port's terminal, may be nil
 	devices  []device
 	nics     nics
 }

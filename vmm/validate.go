@@ -21,7 +21,8 @@ import (
 // chassis numbers and MACs. What it completed once, it leaves alone.
 func (c *Config) Complete() {
 	onStdio := func(b Chardev) bool { return b.Spec == string(char.Stdio) }
-	if len(c.Serials) == 0 && !c.NoDefaults && !slices.ContainsFunc(c.Chardevs, onStdio) {
+	controlled := func(m Monitor) bool { return m.Spec == string(char.Stdio) }
+	if len(c.Serials) == 0 && !c.NoDefaults && !slices.ContainsFunc(c.Chardevs, onStdio) && !slices.ContainsFunc(c.Monitors, controlled) {
 		c.Serials = []string{string(char.Stdio)}
 	}
 	used := map[string]bool{RootBus + " 00": true} // ids, MACs, chassis numbers, slots; there is the host bridge
@@ -180,8 +181,8 @@ func (c *Config) validateBackends(p *problems) {
 	p.ids("chardev", list(c.Chardevs, func(b *Chardev) string { return b.ID }))
 	specs := slices.Clone(c.Serials)
 	for _, m := range c.Monitors {
-		if m.Mode != monitorQMP {
-			p.add("monitor "+m.Spec, "%w", unknown("mode", m.Mode, []string{monitorQMP}))
+		if modes := []string{monitorQMP, monitorHMP}; !slices.Contains(modes, m.Mode) {
+			p.add("monitor "+m.Spec, "%w", unknown("mode", m.Mode, modes))
 		}
 		specs = append(specs, m.Spec)
 	}
@@ -192,13 +193,19 @@ func (c *Config) validateBackends(p *problems) {
 		p.add("serial", "there are %d, but one port, COM1\nuse virtconsole on a virtio-serial-pci", len(c.Serials))
 	}
 	var stdio int
-	for _, s := range specs {
+	for i, s := range specs {
 		if strings.HasPrefix(s, "chardev:") {
 			continue // see validateUses
 		}
 		spec, err := char.Parse(s)
 		if err != nil {
 			*p = append(*p, err)
+		}
+		if mons := len(c.Serials); spec.Telnet && (i < mons || i >= mons+len(c.Monitors) || c.Monitors[i-mons].Mode != monitorHMP) {
+			p.add(s, "only -monitor speaks telnet\nsay tcp: instead of telnet:")
+		}
+		if spec.Monitor && i >= len(c.Serials) {
+			p.add(s, "only -serial shares its terminal with a monitor\nsay stdio")
 		}
 		if spec.Kind == char.Stdio {
 			stdio++

@@ -20,20 +20,26 @@ import (
 	"baton/tests/tiny"
 )
 
-// terminal is a pseudo terminal with baton on its slave.
+// terminal is a pseudo terminal with a program on its slave.
 type terminal struct {
 	*harness.Log // what it shows
 	master       *os.File
 	slave        *os.File
 	cmd          *exec.Cmd
-	before       unix.Termios // how the terminal was before baton had it
+	before       unix.Termios // how the terminal was before the program had it
 }
 
 // openTerminal starts baton on a terminal of its own.
 func openTerminal(t *testing.T, args ...string) *terminal {
 	t.Helper()
+	return openTerminalOf(t, harness.Baton(t), args...)
+}
+
+// openTerminalOf starts a program on a terminal of its own.
+func openTerminalOf(t *testing.T, program string, args ...string) *terminal {
+	t.Helper()
 	master, slave := ptyPair(t)
-	c := &terminal{harness.NewLog(), master, slave, exec.Command(harness.Baton(t), args...), termios(t, slave)}
+	c := &terminal{harness.NewLog(), master, slave, exec.Command(program, args...), termios(t, slave)}
 	c.cmd.Stdin, c.cmd.Stdout, c.cmd.Stderr = c.slave, c.slave, c.slave
 	c.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
 	if err := c.cmd.Start(); err != nil {

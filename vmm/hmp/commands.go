@@ -174,7 +174,7 @@ func infoBlock(m *Monitor, _ []string) (string, error) {
 
 // Results of query-pci: QEMU's qapi/pci.json.
 type (
-	pciRange  struct{ Base, Limit uint64 }
+	pciRange  struct{ Base, Limit int64 }
 	pciDevice struct {
 		Bus, Slot, Function int
 		Class               struct {
@@ -191,7 +191,7 @@ type (
 		Regions []struct {
 			BAR           int
 			Type          string
-			Address, Size uint64
+			Address, Size int64 // address -1: the guest has given it none
 			Prefetch      bool
 			Mem64         bool `json:"mem_type_64"`
 		}
@@ -234,18 +234,22 @@ func (d *pciDevice) print(b *strings.Builder) {
 		fmt.Fprintf(b, "      prefetchable memory range [0x%08x, 0x%08x]\n", bus.Prefetchable.Base, bus.Prefetchable.Limit)
 	}
 	for _, r := range d.Regions {
-		if r.Type == "io" {
-			fmt.Fprintf(b, "      BAR%d: I/O at 0x%04x [0x%04x].\n", r.BAR, r.Address, r.Address+r.Size-1)
-			continue
+		kind, digits := "I/O", 4
+		if r.Type != "io" {
+			kind, digits = "32 bit", 8
+			if r.Mem64 {
+				kind = "64 bit"
+			}
+			if r.Prefetch {
+				kind += " prefetchable"
+			}
+			kind += " memory"
 		}
-		bits, prefetch := 32, ""
-		if r.Mem64 {
-			bits = 64
+		where := "nowhere"
+		if r.Address != -1 {
+			where = fmt.Sprintf("0x%0*x [0x%0*x]", digits, r.Address, digits, r.Address+r.Size-1)
 		}
-		if r.Prefetch {
-			prefetch = " prefetchable"
-		}
-		fmt.Fprintf(b, "      BAR%d: %d bit%s memory at 0x%08x [0x%08x].\n", r.BAR, bits, prefetch, r.Address, r.Address+r.Size-1)
+		fmt.Fprintf(b, "      BAR%d: %s at %s.\n", r.BAR, kind, where)
 	}
 	fmt.Fprintf(b, "      id %q\n", d.QDev)
 	if d.Bridge != nil {

@@ -27,8 +27,6 @@ type Config struct {
 	// Do runs a function where Execute and the views have to run, and waits for its end. It
 	// fails if nothing runs there any more.
 	Do func(func()) error
-	// After does what the commands of the last Do have left for after their answer.
-	After func()
 }
 
 // View is a subcommand of info: a text about the machine.

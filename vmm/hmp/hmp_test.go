@@ -18,7 +18,6 @@ import (
 type machine struct {
 	results map[string]string // JSON
 	calls   []string
-	after   int
 }
 
 func (f *machine) execute(command string, args map[string]any) (any, error) {
@@ -44,6 +43,7 @@ var results = map[string]string{
 		  "devices": [{"bus": 1, "slot": 0, "function": 0, "class_info": {"class": 512, "desc": "Ethernet controller"}, "id": {"vendor": 6900, "device": 4161, "subsystem": 4352, "subsystem-vendor": 6900}, "qdev_id": "net1",
 			"regions": [{"bar": 1, "type": "memory", "address": 4261412864, "size": 4096, "prefetch": false, "mem_type_64": false},
 				{"bar": 4, "type": "memory", "address": 274877906944, "size": 16384, "prefetch": true, "mem_type_64": true},
+				{"bar": 2, "type": "memory", "address": -1, "size": 16384, "prefetch": false, "mem_type_64": true},
 				{"bar": 0, "type": "io", "address": 49152, "size": 32}]}]}}]}]`,
 }
 
@@ -58,7 +58,6 @@ func newMonitor(leave ...string) (*Monitor, *machine) {
 		Commands: names, Execute: f.execute,
 		Views: []View{{"qtree", "the device tree", func() string { return "bus: pcie.0\n" }}},
 		Do:    func(do func()) error { do(); return nil },
-		After: func() { f.after++ },
 	}), f
 }
 

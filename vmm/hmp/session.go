@@ -5,15 +5,13 @@ import (
 	"errors"
 	"io"
 	"strings"
-	"time"
 
 	"golang.org/x/term"
 )
 
 const (
 	prompt   = "(qemu) "
-	maxLine  = 8 << 10     // bytes from one return key to the next
-	slow     = time.Second // a client has to read an answer in
+	maxLine  = 8 << 10 // bytes from one return key to the next
 	greeting = "baton's monitor - type 'help' for more information\n"
 	// Bounds of a window's size: a line is broken at its width.
 	minColumns, maxColumns = 20, 1000
@@ -47,12 +45,7 @@ func (m *Monitor) Converse(ctx context.Context, conn io.ReadWriteCloser, isTelne
 		if err = m.cfg.Do(func() { text = m.Run(line) }); err != nil {
 			return
 		}
-		// A client that does not read its answer still gets what it wanted.
-		late := time.AfterFunc(slow, m.cfg.After)
 		_, err = io.WriteString(t, text)
-		if late.Stop() {
-			m.cfg.After()
-		}
 	}
 }
 

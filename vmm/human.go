@@ -1,0 +1,139 @@
+package vmm
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"slices"
+	"strings"
+	"time"
+
+	"baton/devices"
+	"baton/vmm/hmp"
+	"baton/vmm/qmp"
+)
+
+const monitorHMP = "readline" // Monitor.Mode of the human monitor, as -mon has it
+
+type humanArgs struct {
+	Line string `json:"command-line"`
+	CPU  *int64 `json:"cpu-index"`
+}
+
+// humanCommand is human-monitor-command. The monitor is made once there is a server.
+func humanCommand(human **hmp.Monitor) qmp.Command {
+	return qmp.New("human-monitor-command", func(a humanArgs) (string, error) {
+		return strings.ReplaceAll((*human).Run(a.Line), "\n", "\r\n"), nil
+	})
+}
+
+// newHuman makes the human monitor of the commands that s has.
+func (m *Machine) newHuman(s *qmp.Server) *hmp.Monitor {
+	return hmp.New(hmp.Config{
+		Commands: s.Names(), Execute: s.Execute, Do: m.call,
+		Views: []hmp.View{
+			{Name: "network", Help: "the network cards and what is behind them", Text: m.networkText},
+			{Name: "qtree", Help: "the devices, by their buses", Text: m.deviceText},
+			{Name: "mtree", Help: "what is where in memory and I/O space", Text: m.addressText},
+		},
+	})
+}
+
+// serveHuman talks to the clients of the human monitor at mon until ctx is done.
+func (m *Machine) serveHuman(ctx context.Context, human *hmp.Monitor, mon monitor) {
+	if mon.conn != nil {
+		go human.Converse(ctx, mon.conn, mon.telnet)
+	}
+	if mon.listener == nil {
+		return
+	}
+	context.AfterFunc(ctx, func() { mon.listener.Close() })
+	go func() {
+		for {
+			conn, err := mon.listener.Accept()
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			if err != nil { // out of descriptors: others may go
+				time.Sleep(time.Second)
+				continue
+			}
+			go human.Converse(ctx, conn, mon.telnet)
+		}
+	}()
+}
+
+// networkText is info network: each card with its netdev, then the netdevs without one.
+func (m *Machine) networkText() string {
+	var b strings.Builder
+	netdev := func(before string, n *Netdev) {
+		fmt.Fprintf(&b, "%s%s: type=%s,ifname=%s,script=%s,downscript=%s,vhost=%v,queues=%d\n", before, n.ID, n.Type, n.IfName,
+			cmp.Or(n.Script, "no"), cmp.Or(n.DownScript, "no"), spell(n.VHost), n.Queues)
+	}
+	used := map[string]bool{}
+	for _, card := range m.networkCards() {
+		mac, _ := card.MAC()
+		fmt.Fprintf(&b, "%s: type=nic,model=%s,macaddr=%s\n", card.netName(), card.Driver, macs(mac)[0])
+		if n := m.cfg.Netdev(card.Text("netdev")); n != nil {
+			used[n.ID] = true
+			netdev(` \ `, n)
+		}
+	}
+	for i := range m.cfg.Netdevs {
+		if n := &m.cfg.Netdevs[i]; !used[n.ID] {
+			netdev("", n)
+		}
+	}
+	return b.String()
+}
+
+// deviceText is info qtree.
+func (m *Machine) deviceText() string {
+	var b strings.Builder
+	var walk func(bus string, kind busKind, indent string)
+	walk = func(bus string, kind busKind, indent string) {
+		fmt.Fprintf(&b, "%sbus: %s\n%s  type %s\n", indent, bus, indent, kind)
+		for i := range m.cfg.Devices {
+			d := &m.cfg.Devices[i]
+			if d.Bus != bus {
+				continue
+			}
+			fmt.Fprintf(&b, "%s  dev: %s, id %q\n", indent, d.Driver, d.ID)
+			if d.Addr != "" {
+				fmt.Fprintf(&b, "%s    addr = %s\n", indent, d.Addr)
+			}
+			for _, key := range slices.Sorted(maps.Keys(d.Props)) {
+				fmt.Fprintf(&b, "%s    %s = %v\n", indent, key, spell(d.Props[key]))
+			}
+			switch d.row().provides {
+			case busPCI:
+				walk(d.ID, busPCI, indent+"    ")
+			case busSerial:
+				walk(d.ID+".0", busSerial, indent+"    ")
+			}
+		}
+	}
+	walk(RootBus, busPCI, "")
+	return b.String()
+}
+
+// addressText is info mtree.
+func (m *Machine) addressText() string {
+	var b strings.Builder
+	line := func(digits int) func(r devices.Range, name string) {
+		return func(r devices.Range, name string) {
+			fmt.Fprintf(&b, "  %0*x-%0*x: %s\n", digits, r.Base, digits, r.End()-1, name)
+		}
+	}
+	b.WriteString("address-space: memory\n")
+	for _, r := range m.mem.Regions() {
+		line(16)(devices.Range{Base: r.GPA, Size: r.Size}, "ram")
+	}
+	m.mmio.Walk(line(16))
+	b.WriteString("address-space: I/O\n")
+	m.ports.Walk(line(4))
+	return b.String()
+}
