@@ -130,9 +130,16 @@ func (v *villain) drive() {
 	for _, status := range pick(v, []uint32{0, 1, 3}, []uint32{0}, []uint32{0, 0xf}, []uint32{3, 0xff}) {
 		v.do(tiny.Write(bar+common+0x14, 1, status))
 	}
-	for half := range uint32(2) {
+	for half := range uint32(2) { // VERSION_1, and perhaps indirect descriptors and event indexes
+		features := half
+		switch v.IntN(12) {
+		case 0:
+			features = v.Uint32()
+		case 1, 2, 3, 4:
+			features |= v.Uint32() & (1<<28 | 1<<29) * (1 - half)
+		}
 		v.do(tiny.Write(bar+common+0x08, 4, half))
-		v.do(tiny.Write(bar+common+0x0c, 4, pick(v, half, half, half|v.Uint32()&(1<<28|1<<29), v.Uint32())))
+		v.do(tiny.Write(bar+common+0x0c, 4, features))
 	}
 	v.do(tiny.Write(bar+common+0x14, 1, 0xb))
 	for queue := range 1 + v.Uint32N(4) {
