@@ -45,9 +45,12 @@ func run(args []string, stdout, stderr io.Writer) int {
 
 // start is `baton run`.
 func start(args []string, stdout, stderr io.Writer) error {
+	daemon := vmm.IsDaemon()
 	inv, err := vmm.ParseArgs(args)
 	for _, note := range inv.Notes {
-		fmt.Fprintf(stderr, "baton: note: %s\n", note)
+		if !daemon { // who started it has said so
+			fmt.Fprintf(stderr, "baton: note: %s\n", note)
+		}
 	}
 	switch {
 	case err != nil:
@@ -61,6 +64,9 @@ func start(args []string, stdout, stderr io.Writer) error {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
 	defer stop()
 	context.AfterFunc(ctx, stop) // a second signal does not wait for the clean end
+	if inv.Config.Daemonize && !daemon {
+		return vmm.Daemonize(ctx, append([]string{"run"}, args...))
+	}
 	return vmm.Serve(ctx, inv.Config)
 }
 

@@ -39,6 +39,7 @@ type Config struct {
 	Paused     bool `json:"S,omitempty"` // no vCPU runs until a client says so
 	// NoDefaults leaves out the serial port on stdio that a machine without -serial has.
 	NoDefaults bool   `json:"nodefaults,omitempty"`
+	Daemonize  bool   `json:"daemonize,omitempty"` // run in the background, once the machine is ready
 	PIDFile    string `json:"pidfile,omitempty"`
 	LogFile    string `json:"log,omitempty"`       // -D; empty: stderr
 	EventLog   string `json:"event-log,omitempty"` // one JSON object per line and event

@@ -140,6 +140,7 @@ func options() []option {
 				p.cfg.Monitors = append(p.cfg.Monitors, Monitor{mode, "chardev:" + v.take("chardev")})
 				return nil
 			}},
+		{name: "daemonize", group: groupRun, help: "go to the background once the machine is ready", set: setFlag(func(c *Config) *bool { return &c.Daemonize })},
 		{name: "pidfile", arg: "FILE", group: groupRun, help: "write the process id there", set: setText(func(c *Config) *string { return &c.PIDFile })},
 		{name: "D", arg: "FILE", group: groupRun, help: "write the log there; default: stderr", set: setText(func(c *Config) *string { return &c.LogFile })},
 		{name: "event-log", arg: "FILE", group: groupRun, help: "write each event there, a line of JSON each", set: setText(func(c *Config) *string { return &c.EventLog })},

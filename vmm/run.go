@@ -124,6 +124,11 @@ func (m *Machine) Run(ctx context.Context) error {
 		m.resume()
 	}
 	m.serveMonitors(ctx)
+	if m.cfg.Daemonize {
+		if err := letGo(); err != nil {
+			return err
+		}
+	}
 	for {
 		r := m.next(ctx)
 		m.stopVCPUs()

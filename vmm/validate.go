@@ -22,7 +22,7 @@ import (
 func (c *Config) Complete() {
 	onStdio := func(b Chardev) bool { return b.Spec == string(char.Stdio) }
 	controlled := func(m Monitor) bool { return m.Spec == string(char.Stdio) }
-	if len(c.Serials) == 0 && !c.NoDefaults && !slices.ContainsFunc(c.Chardevs, onStdio) && !slices.ContainsFunc(c.Monitors, controlled) {
+	if len(c.Serials) == 0 && !c.NoDefaults && !c.Daemonize && !slices.ContainsFunc(c.Chardevs, onStdio) && !slices.ContainsFunc(c.Monitors, controlled) {
 		c.Serials = []string{string(char.Stdio)}
 	}
 	used := map[string]bool{RootBus + " 00": true} // ids, MACs, chassis numbers, slots; there is the host bridge
@@ -210,6 +210,9 @@ func (c *Config) validateBackends(p *problems) {
 		if spec.Kind == char.Stdio {
 			stdio++
 		}
+	}
+	if stdio > 0 && c.Daemonize {
+		p.add("stdio", "a daemon has no terminal\nsay -serial file:PATH, unix:PATH,server=on,wait=off or none")
 	}
 	if stdio > 1 {
 		p.add("stdio", "%d ports want it, but there is one terminal", stdio)
