@@ -70,7 +70,7 @@ func (p *Port) open(ctx context.Context, spec Spec, o Options) (err error) {
 		p.peer, p.name, err = openPTY()
 	case Unix, TCP:
 		if spec.Telnet {
-			return errors.New("only a monitor speaks telnet\nhint: say tcp: instead of telnet:")
+			return errors.New("only a monitor speaks telnet\nuse tcp: instead")
 		}
 		if !spec.Server {
 			p.peer, err = Dial(ctx, spec)
