@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"baton/vmm"
+	"baton/vmm/client"
 
 	"golang.org/x/sys/unix"
 )
@@ -22,17 +23,30 @@ func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
 // run is the command; its result is the exit status.
 func run(args []string, stdout, stderr io.Writer) int {
 	command := "run"
-	if len(args) > 0 && slices.Contains([]string{"run", "check", "version", "help"}, args[0]) {
+	if len(args) > 0 && slices.Contains(vmm.Commands, args[0]) {
 		command, args = args[0], args[1:]
 	}
 	var err error
 	switch command {
 	case "check":
 		err = check(args, stdout)
+	case "completion":
+		if !slices.Equal(args, []string{"bash"}) {
+			err = errors.New("completion: which shell?\nusage: baton completion bash")
+			break
+		}
+		_, err = io.WriteString(stdout, vmm.BashCompletion())
+	case "events":
+		err = events(args, stdout)
+	case "monitor":
+		err = monitor(args, stdout)
 	case "version", "help":
 		err = start([]string{"-" + command}, stdout, stderr)
 	default:
 		err = start(args, stdout, stderr)
+	}
+	if errors.Is(err, vmm.ErrDaemon) || errors.Is(err, client.ErrFailed) { // it has said why
+		return 1
 	}
 	for _, e := range vmm.Errors(err) {
 		fmt.Fprintf(stderr, "baton: %s\n", strings.ReplaceAll(e.Error(), "\n", "\n       "))
@@ -61,13 +75,42 @@ func start(args []string, stdout, stderr io.Writer) error {
 	case inv.PrintConfig:
 		return printJSON(stdout, inv.Config)
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+	ctx, stop := untilSignal()
 	defer stop()
-	context.AfterFunc(ctx, stop) // a second signal does not wait for the clean end
 	if inv.Config.Daemonize && !daemon {
 		return vmm.Daemonize(ctx, append([]string{"run"}, args...))
 	}
 	return vmm.Serve(ctx, inv.Config)
+}
+
+// untilSignal returns a context that ends with the first signal that asks for the end; a
+// second one does not wait for that to be a clean one.
+func untilSignal() (ctx context.Context, stop func()) {
+	ctx, stop = signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+	context.AfterFunc(ctx, stop)
+	return ctx, stop
+}
+
+// monitor is `baton monitor`.
+func monitor(args []string, stdout io.Writer) error {
+	if len(args) == 0 || strings.HasPrefix(args[0], "-") {
+		return errors.New("monitor: which socket?\nusage: baton monitor SOCKET [COMMAND...]; SOCKET is that of -qmp")
+	}
+	ctx, stop := untilSignal()
+	defer stop()
+	return client.Monitor(ctx, args[0], strings.Join(args[1:], " "), os.Stdin, stdout)
+}
+
+// events is `baton events`.
+func events(args []string, stdout io.Writer) error {
+	asJSON := slices.Contains(args, "-json")
+	args = slices.DeleteFunc(slices.Clone(args), func(a string) bool { return a == "-json" })
+	if len(args) != 1 || strings.HasPrefix(args[0], "-") {
+		return errors.New("events: of which machine?\nusage: baton events [-json] SOCKET|FILE; SOCKET is that of -qmp, FILE that of -event-log")
+	}
+	ctx, stop := untilSignal()
+	defer stop()
+	return client.Events(ctx, args[0], asJSON, stdout)
 }
 
 // check is `baton check`.

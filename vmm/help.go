@@ -22,8 +22,11 @@ const helpHead = `baton: a virtual machine monitor whose guests keep their netwo
 
 usage: baton [run] [OPTION...] [IMAGE]   start a machine; IMAGE is a raw disk
        baton check [-json]               what this host can do, and how to get what it cannot
-       baton version
+       baton completion bash             a script: eval "$(baton completion bash)"
+       baton events [-json] SOCKET|FILE  what happens to a machine; SOCKET is -qmp's, FILE -event-log's
        baton help
+       baton monitor SOCKET [COMMAND...] talk to a machine by its -qmp socket: HMP, or QMP in braces
+       baton version
 
 Options are QEMU's, with one dash or two. A comma in a value is doubled.
 `
@@ -37,6 +40,9 @@ Examples:
   baton -m 1G -kernel vmlinuz -device pcie-root-port,id=root1,chassis=1 \
     -netdev tap,id=net0,vhost=on -device virtio-net-pci,netdev=net0,bus=root1
   baton -device virtio-net-pci,help
+  baton -m 1G -kernel vmlinuz -daemonize -serial file:serial.log -qmp unix:qmp,server,nowait
+  baton monitor qmp info status
+  baton monitor qmp '{"execute":"query-rx-filter"}'
 
 Exit status: 0 the guest turned itself off, or baton was told to end; 1 bad options, a
 host that cannot do what they ask, or a guest that crashed.

@@ -38,6 +38,7 @@ var rules = []rule{
 	{dir: ".", ours: []string{"vmm"}, why: "main turns options into a vmm.Config; nothing else"},
 	{dir: "vmm", ours: []string{"vmm", "boot", "devices", "kvm", "migrate"}, why: "vmm builds the machine from the parts"},
 	{dir: "vmm/qmp", ours: []string{}, why: "qmp is the protocol; what the commands do is the machine's business"},
+	{dir: "vmm/client", ours: []string{}, theirs: []string{"golang.org/x/term"}, why: "a client knows the protocol only"},
 	{dir: "vmm/hmp", ours: []string{}, theirs: []string{"golang.org/x/term"}, why: "hmp is text; what the commands do is QMP's business"},
 	{dir: "migrate", ours: []string{"kvm/guestmem"}, why: "migrate knows interfaces and guest memory only"},
 	{dir: "devices", ours: []string{"kvm/guestmem"}, why: "devices reach KVM through interfaces that they declare"},
