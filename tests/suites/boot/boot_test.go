@@ -56,7 +56,13 @@ func ends(t *testing.T, g *harness.Guest, reason string) {
 func TestMachine(t *testing.T) {
 	disk := filepath.Join(t.TempDir(), "disk")
 	write(t, disk, make([]byte, 1<<20))
-	args := append(harness.Linux(t), "-enable-kvm", "-machine", "q35,kernel-irqchip=split", "-cpu", "host", "-nographic", "-nodefaults",
+	sock, err := os.MkdirTemp("", "boot") // short enough for a socket's name
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(sock) })
+	qmp := filepath.Join(sock, "qmp")
+	args := append(harness.Linux(t), "-qmp", "unix:"+qmp+",server=on,wait=off", "-enable-kvm", "-machine", "q35,kernel-irqchip=split", "-cpu", "host", "-nographic", "-nodefaults",
 		"-name", "machine", "-m", "1G", "-smp", "4",
 		"-device", "pcie-root-port,id=r1,chassis=1,addr=2.0,multifunction=on",
 		"-device", "pcie-root-port,id=r2,chassis=2,addr=2.1,port=7",
@@ -103,11 +109,33 @@ func TestMachine(t *testing.T) {
 			t.Errorf("report:\n%s", g.Stderr)
 		}
 	})
+	t.Run("power button", func(t *testing.T) { powerButton(t, g.In(t), qmp) })
 	t.Run("power off", func(t *testing.T) {
 		g := g.In(t)
 		g.Output(ctx, "@poweroff")
 		ends(t, g, "guest-shutdown")
 	})
+}
+
+// powerButton presses it; the guest sees a key.
+func powerButton(t *testing.T, g *harness.Guest, qmp string) {
+	ctx := harness.Context(t, limit)
+	g.Output(ctx, "@modprobe", "evdev")
+	// struct input_event: 16 bytes of time, then type 1 (EV_KEY), code 116 (KEY_POWER), value 1.
+	read := make(chan string, 1)
+	go func() {
+		r, err := g.Run(ctx, "sh", "-c", "exec 3</dev/input/event0; echo >/tmp/open; head -c 24 <&3 | hexdump -s 16 -e '4/2 \"%d \"'")
+		if err != nil {
+			read <- err.Error()
+		}
+		read <- strings.TrimSpace(r.Stdout)
+	}()
+	g.Sh(ctx, "until [ -e /tmp/open ]; do :; done")
+	harness.DialQMP(t, ctx, qmp).Do("system_powerdown", nil)
+	if got := <-read; got != "1 116 1 0" {
+		t.Errorf("the input device says %q", got)
+	}
+	g.WaitEvent(ctx, "POWERDOWN")
 }
 
 // rebootBy runs a verb after which the guest starts again, waits until it has, and returns
@@ -350,7 +378,7 @@ func TestLarge(t *testing.T) {
 	if node < 1<<32 {
 		t.Errorf("the kernel put nothing above 4 GiB:\n%s", dmesg)
 	}
-	g.Sh(ctx, "head -c 32M /dev/urandom >/tmp/a; cp /tmp/a /tmp/b; cmp /tmp/a /tmp/b")
+	g.Sh(ctx, "head -c 33554432 /dev/urandom >/tmp/a; cp /tmp/a /tmp/b; cmp /tmp/a /tmp/b")
 	g.Signal(syscall.SIGINT)
 	ends(t, g, "host-signal")
 }

@@ -132,7 +132,7 @@ func (s *setup) fileSystem(t *testing.T) {
 		}
 	}
 	want := s.Sh(ctx, `cd /mnt
-		head -c 12M /dev/urandom >big
+		head -c 12582912 /dev/urandom >big
 		for i in $(seq 200); do echo $i >small$i; done
 		rm file4
 		sha256sum <big | cut -d' ' -f1
@@ -239,7 +239,7 @@ func (s *setup) hostError(t *testing.T) {
 		t.Fatal(err)
 	}
 	script := "echo 3 >/proc/sys/vm/drop_caches; dd if=/dev/vdc of=/dev/null bs=1M count=1 skip="
-	if r, err := s.Run(ctx, "sh", "-c", script+"20"); err != nil || r.Exit == 0 || !strings.Contains(r.Stderr, "I/O error") {
+	if r, err := s.Run(ctx, "sh", "-c", script+"20"); err != nil || r.Exit == 0 || !strings.Contains(r.Stderr, "Input/output error") {
 		t.Errorf("a read beyond the end of the file: exit code %d, %v: %s", r.Exit, err, r.Stderr)
 	}
 	s.Sh(ctx, script+"4")
@@ -280,7 +280,7 @@ func (s *setup) lock(t *testing.T) {
 // What the guest was told is on disk is there when baton is killed; so is no lock.
 func (s *setup) kill(t *testing.T) {
 	ctx := harness.Context(t, limit)
-	want := s.Sh(ctx, "mount -t ext4 /dev/vda /mnt; head -c 3M /dev/urandom >/mnt/last; sync /mnt/last; sha256sum </mnt/last | cut -d' ' -f1")
+	want := s.Sh(ctx, "mount -t ext4 /dev/vda /mnt; head -c 3145728 /dev/urandom >/mnt/last; sync /mnt/last; sha256sum </mnt/last | cut -d' ' -f1")
 	s.Signal(syscall.SIGKILL)
 	s.Wait(ctx)
 	g := second(t, s.ext4, "")

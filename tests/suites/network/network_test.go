@@ -16,6 +16,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -39,6 +40,7 @@ type nic struct {
 	g     *harness.Guest
 	tap   string
 	mac   string
+	qmp   string // the VMM's socket
 	host  string // addresses of a network of their own
 	guest string
 	name  string // in the guest
@@ -64,9 +66,16 @@ func TestTaps(t *testing.T) {
 		"vhost=on":  {tap: "bat0", mac: "52:54:00:00:66:00", host: "10.66.0.1", guest: "10.66.0.2"},
 		"vhost=off": {tap: "bat1", mac: "52:54:00:00:66:01", host: "10.66.1.1", guest: "10.66.1.2"},
 	}
-	args := append(harness.Linux(t), "-m", "512M", "-smp", "4")
+	sock, err := os.MkdirTemp("", "network") // short enough for a socket's name
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(sock) })
+	sock = filepath.Join(sock, "qmp")
+	args := append(harness.Linux(t), "-m", "512M", "-smp", "4", "-qmp", "unix:"+sock+",server=on,wait=off")
 	for _, vhost := range []string{"vhost=on", "vhost=off"} {
 		n := nics[vhost]
+		n.qmp = sock
 		args = append(args,
 			"-netdev", fmt.Sprintf("tap,id=%s,ifname=%[1]s,script=%s,downscript=%s,queues=4,%s", n.tap, up, down, vhost),
 			"-device", fmt.Sprintf("virtio-net-pci,netdev=%s,mac=%s,mq=on,speed=10000", n.tap, n.mac))
@@ -91,6 +100,7 @@ func TestTaps(t *testing.T) {
 			run("TCP from the guest", func(n *nic, t *testing.T) { n.tcp(t, n.fromGuest) })
 			run("TCP to the guest", func(n *nic, t *testing.T) { n.tcp(t, n.toGuest) })
 			run("control queue", (*nic).control)
+			run("link", (*nic).link)
 			run("driver again", (*nic).again)
 		})
 	}
@@ -279,12 +289,50 @@ func sum(r io.Reader) string {
 	return fmt.Sprintf("%x", h.Sum(nil))
 }
 
-// control goes through what the driver says by its control queue. A refusal shows in the
-// command's exit code or in the kernel's log.
+// rxFilter is what of query-rx-filter is looked at.
+type rxFilter struct {
+	Promiscuous bool
+	Multicast   string
+	MAC         string   `json:"main-mac"`
+	VLANs       []int    `json:"vlan-table"`
+	Groups      []string `json:"multicast-table"`
+}
+
+// filter returns what the device was told to receive.
+func (n *nic) filter(t *testing.T, q *harness.QMP) rxFilter {
+	t.Helper()
+	var list []rxFilter
+	if err := json.Unmarshal(q.Do("query-rx-filter", map[string]string{"name": n.tap}), &list); err != nil || len(list) != 1 {
+		t.Fatalf("query-rx-filter: %+v (%v)", list, err)
+	}
+	return list[0]
+}
+
+// control goes through what the driver says by its control queue, and looks at what the
+// device makes of it.
 func (n *nic) control(t *testing.T) {
 	ctx := harness.Context(t, limit)
+	q := harness.DialQMP(t, ctx, n.qmp)
 	n.g.Output(ctx, "@modprobe", "8021q")
-	n.g.Sh(ctx, fmt.Sprintf("ifconfig %[1]s promisc; ifconfig %[1]s allmulti; ifconfig %[1]s -promisc; ifconfig %[1]s -allmulti", n.name))
+	for _, step := range []struct {
+		command string
+		want    func(rxFilter) bool
+	}{
+		{"true", func(f rxFilter) bool {
+			return !f.Promiscuous && f.MAC == n.mac && f.Multicast == "normal" && slices.Contains(f.Groups, "01:00:5e:00:00:01")
+		}},
+		{"ifconfig %s promisc", func(f rxFilter) bool { return f.Promiscuous }},
+		{"ifconfig %s -promisc", func(f rxFilter) bool { return !f.Promiscuous }},
+		{"ifconfig %s allmulti", func(f rxFilter) bool { return f.Multicast == "all" }},
+		{"ifconfig %s -allmulti", func(f rxFilter) bool { return f.Multicast == "normal" }},
+		{"ip link add link %s name v type vlan id 4000", func(f rxFilter) bool { return slices.Contains(f.VLANs, 4000) }},
+		{"ip link del v", func(f rxFilter) bool { return !slices.Contains(f.VLANs, 4000) }},
+	} {
+		n.g.Sh(ctx, strings.ReplaceAll(step.command, "%s", n.name))
+		if f := n.filter(t, q); !step.want(f) {
+			t.Errorf("after %s: %+v", step.command, f)
+		}
+	}
 
 	const mac = "52:54:00:00:66:77"
 	n.g.Sh(ctx, "ip link set "+n.name+" address "+mac)
@@ -294,8 +342,8 @@ func (n *nic) control(t *testing.T) {
 	for _, e := range neighbours {
 		found = found || e.HardwareAddr.String() == mac
 	}
-	if err != nil || !found {
-		t.Errorf("no neighbour %s: %v (%v)", mac, neighbours, err)
+	if f := n.filter(t, q); err != nil || !found || f.MAC != mac {
+		t.Errorf("no neighbour %s: %v (%v), or another filter: %+v", mac, neighbours, err, f)
 	}
 	n.g.Sh(ctx, "ip link set "+n.name+" address "+n.mac)
 
@@ -308,6 +356,19 @@ func (n *nic) control(t *testing.T) {
 	harness.Up(t, "vlan")
 	n.g.Sh(ctx, "ip link add link "+n.name+" name v type vlan id 4000; ip addr add 10.67.0.2/24 dev v; ip link set v up; ping -c 1 -W 20 -s 1472 10.67.0.1; ip link del v")
 	n.g.Sh(ctx, "ping -c 1 -W 20 "+n.host)
+}
+
+// link pulls the cable and puts it back.
+func (n *nic) link(t *testing.T) {
+	ctx := harness.Context(t, limit)
+	q := harness.DialQMP(t, ctx, n.qmp)
+	for _, up := range []bool{false, true} {
+		q.Do("set_link", map[string]any{"name": n.tap, "up": up})
+		carrier := map[bool]string{false: "0", true: "1"}[up]
+		n.g.Sh(ctx, "until [ $(cat /sys/class/net/"+n.name+"/carrier) = "+carrier+" ]; do :; done")
+	}
+	n.g.Sh(ctx, "ping -c 1 -W 20 "+n.host)
+	n.pingGuest(t, ctx, "56")
 }
 
 // again takes the driver off and on: a reset leaves nothing behind.
