@@ -78,7 +78,7 @@ func TestTaps(t *testing.T) {
 		n.qmp = sock
 		args = append(args,
 			"-netdev", fmt.Sprintf("tap,id=%s,ifname=%[1]s,script=%s,downscript=%s,queues=4,%s", n.tap, up, down, vhost),
-			"-device", fmt.Sprintf("virtio-net-pci,netdev=%s,mac=%s,mq=on,speed=10000", n.tap, n.mac))
+			"-device", fmt.Sprintf("virtio-net-pci,id=nic-%[1]s,netdev=%[1]s,mac=%[2]s,mq=on,speed=10000", n.tap, n.mac))
 	}
 	g := harness.Start(t, harness.GuestConfig{Args: args})
 	g.Output(harness.Context(t, bootLimit), "true")
@@ -302,7 +302,7 @@ type rxFilter struct {
 func (n *nic) filter(t *testing.T, q *harness.QMP) rxFilter {
 	t.Helper()
 	var list []rxFilter
-	if err := json.Unmarshal(q.Do("query-rx-filter", map[string]string{"name": n.tap}), &list); err != nil || len(list) != 1 {
+	if err := json.Unmarshal(q.Do("query-rx-filter", map[string]string{"name": "nic-" + n.tap}), &list); err != nil || len(list) != 1 {
 		t.Fatalf("query-rx-filter: %+v (%v)", list, err)
 	}
 	return list[0]
