@@ -69,6 +69,8 @@ var (
 	kvmClearDirtyLog       = iocOf[clearDirtyLog](iocRead|iocWrite, 0xc0, "KVM_CLEAR_DIRTY_LOG")
 	kvmResetDirtyRings     = ioc(0xc7, "KVM_RESET_DIRTY_RINGS")
 	kvmGetStatsFD          = ioc(0xce, "KVM_GET_STATS_FD") // of vCPUs as well
+	kvmCreateDevice        = iocOf[createDevice](iocRead|iocWrite, 0xe0, "KVM_CREATE_DEVICE")
+	kvmSetDeviceAttr       = iocOf[deviceAttr](iocWrite, 0xe1, "KVM_SET_DEVICE_ATTR") // of what CREATE_DEVICE returned
 )
 
 // vCPU ioctls.
@@ -238,6 +240,24 @@ type enableCap struct { // kvm_enable_cap
 	args [4]uint64
 	_    [64]uint8
 }
+
+type createDevice struct { // kvm_create_device
+	kind, fd, _ uint32
+}
+
+type deviceAttr struct { // kvm_device_attr
+	_, group uint32
+	attr     uint64
+	addr     *int32
+}
+
+// The VFIO device. Before Linux 6.6 its KVM_DEV_VFIO_FILE was named GROUP, with the same numbers.
+const (
+	devTypeVFIO    = 4 // KVM_DEV_TYPE_VFIO
+	devVFIOFile    = 1 // KVM_DEV_VFIO_FILE
+	devVFIOFileAdd = 1 // KVM_DEV_VFIO_FILE_ADD
+	devVFIOFileDel = 2 // KVM_DEV_VFIO_FILE_DEL
+)
 
 type xsave [4096]byte // kvm_xsave; its real size comes from CapXSave2
 

@@ -44,6 +44,8 @@ var abi = []struct {
 	{"KVM_CLEAR_DIRTY_LOG", kvmClearDirtyLog.nr, ""},
 	{"KVM_RESET_DIRTY_RINGS", kvmResetDirtyRings.nr, ""},
 	{"KVM_GET_STATS_FD", kvmGetStatsFD.nr, ""},
+	{"KVM_CREATE_DEVICE", kvmCreateDevice.nr, ""},
+	{"KVM_SET_DEVICE_ATTR", kvmSetDeviceAttr.nr, ""},
 	// vCPU ioctls.
 	{"KVM_RUN", kvmRun.nr, ""},
 	{"KVM_GET_REGS", kvmGetRegs.nr, ""},
@@ -116,6 +118,10 @@ var abi = []struct {
 	{"offsetof(struct kvm_stats_header, data_offset)", unsafe.Offsetof(statsHeader{}.DataOffset), ""},
 	{"offsetof(struct kvm_stats_desc, offset)", unsafe.Offsetof(statsDesc{}.Offset), ""},
 
+	{"offsetof(struct kvm_create_device, fd)", unsafe.Offsetof(createDevice{}.fd), ""},
+	{"offsetof(struct kvm_device_attr, attr)", unsafe.Offsetof(deviceAttr{}.attr), ""},
+	{"offsetof(struct kvm_device_attr, addr)", unsafe.Offsetof(deviceAttr{}.addr), ""},
+
 	// The run area.
 	{"offsetof(struct kvm_run, immediate_exit) * 8", 8, ""}, // immediateExit is bit 8
 	{"offsetof(struct kvm_run, exit_reason)", unsafe.Offsetof(runPage{}.exitReason), ""},
@@ -186,6 +192,10 @@ var abi = []struct {
 	{"KVM_EXIT_XEN", uintptr(ExitXen), ""},
 	{"KVM_EXIT_NOTIFY", uintptr(ExitNotify), "KVM_EXIT_NOTIFY"},
 	{"KVM_EXIT_MEMORY_FAULT", uintptr(ExitMemoryFault), "KVM_EXIT_MEMORY_FAULT"}, // Linux 6.8
+	{"KVM_DEV_TYPE_VFIO", devTypeVFIO, ""},
+	{"KVM_DEV_VFIO_GROUP", devVFIOFile, ""},
+	{"KVM_DEV_VFIO_GROUP_ADD", devVFIOFileAdd, ""},
+	{"KVM_DEV_VFIO_GROUP_DEL", devVFIOFileDel, ""},
 	{"KVM_CAP_NR_VCPUS", uintptr(CapNrVCPUs), ""},
 	{"KVM_CAP_NR_MEMSLOTS", uintptr(CapNrMemslots), ""},
 	{"KVM_CAP_MAX_VCPUS", uintptr(CapMaxVCPUs), ""},
