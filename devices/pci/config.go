@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+
+	"baton/devices"
 )
 
 // Configuration space header: PCIe 7.5.1.
@@ -66,6 +68,7 @@ type Config struct {
 	bridge  bool
 	bars    [6]*bar
 	reads   []hook
+	backed  []backing
 	writes  []hook
 	resets  []func()
 	pcie    int // offset of the PCI Express capability, 0 without
@@ -95,6 +98,12 @@ type place struct {
 type hook struct {
 	off, end int
 	f        func()
+}
+
+// backing is a part of the space that a device answers itself.
+type backing struct {
+	off, end int
+	dev      devices.BusDevice
 }
 
 // NewConfig returns a configuration space with the header filled in, no BARs, and no
@@ -155,6 +164,34 @@ var le = binary.LittleEndian
 // clears them by writing ones (RW1C: PCIe 7.4).
 func (c *Config) SetW1C16(off int, mask uint16) { le.PutUint16(c.w1c[off:], mask) }
 
+// PlaceNext gives the capability that is added next a fixed offset, for a function whose
+// driver expects it there: of a capability 0x40 to 0xfc, of an extended one 0x100 (where
+// the first one has to be) to 0xffc, a multiple of 4. The caller sees to it that nothing
+// overlaps.
+func (c *Config) PlaceNext(off int) {
+	if off < extBase {
+		c.nextCap = off
+	} else {
+		c.nextExt = off
+	}
+}
+
+// Back has dev answer the guest's accesses to the n bytes at off: each as it comes, cut to
+// these bytes, with off from the start of the space. No masks apply to them.
+func (c *Config) Back(off, n int, dev devices.BusDevice) {
+	c.backed = append(c.backed, backing{off, off + n, dev})
+}
+
+// passOn gives access the part of p, which the guest reads or writes at off, that a device
+// answers itself.
+func (c *Config) passOn(off int, p []byte, access func(devices.BusDevice, uint64, []byte)) {
+	for _, b := range c.backed {
+		if from, to := max(off, b.off), min(off+len(p), b.end); from < to {
+			access(b.dev, uint64(from), p[from-off:to-off])
+		}
+	}
+}
+
 // AddCapability appends a capability (PCIe 7.5.1.1.11) and returns its offset. Body
 // is what follows the identifier and the next pointer; its bits in wmask, which may be
 // shorter, are the guest's to write. It panics when the 192 bytes are used up.
@@ -211,6 +248,7 @@ func (c *Config) Read(off uint64, p []byte) {
 		c.mu.Lock()
 		copy(p[:n], c.data[off:])
 		c.mu.Unlock()
+		c.passOn(int(off), p[:n], devices.BusDevice.Read)
 	}
 	for i := n; i < len(p); i++ {
 		p[i] = 0xff
@@ -237,6 +275,7 @@ func (c *Config) Write(off uint64, p []byte) {
 	if redecode {
 		c.redecode()
 	}
+	c.passOn(int(off), p, devices.BusDevice.Write)
 	run(c.writes, int(off), len(p))
 }
 

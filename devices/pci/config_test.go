@@ -223,3 +223,42 @@ func TestFunctionLevelReset(t *testing.T) {
 		t.Error("no FLR in the device capabilities")
 	}
 }
+
+// TestFixedCapabilities: a function that copies another one keeps its layout, and answers
+// parts of it itself.
+func TestFixedCapabilities(t *testing.T) {
+	c := NewConfig(Header{Vendor: 1})
+	c.PlaceNext(0xa0)
+	c.AddCapability(9, []byte{1, 2}, nil)
+	c.PlaceNext(0x40)
+	c.AddPCIeRegisters(make([]byte, 0x12), nil) // version 0: too short for the second link registers
+	c.AddExtCapability(0, 1, nil, nil)
+	c.PlaceNext(0x200)
+	c.AddExtCapability(3, 1, make([]byte, 8), nil)
+	if c.data[regCapPointer] != 0xa0 || c.data[0xa1] != 0x40 || c.data[0x41] != 0 || c.Uint32(0x100) != 0x2001_0000 {
+		t.Errorf("chain %#x, %#x, %#x; %#x", c.data[regCapPointer], c.data[0xa1], c.data[0x41], c.Uint32(0x100))
+	}
+	c.integrate()
+	if c.Uint16(0x42) != 0x90 || c.Uint32(0x40+pcieLinkCap2) != 0 {
+		t.Errorf("flags %#x, behind the capability %#x", c.Uint16(0x42), c.Uint32(0x40+pcieLinkCap2))
+	}
+	var r recorder
+	c.Back(0x204, 4, &r)
+	p := make([]byte, 8)
+	c.Read(0x202, p)
+	c.Write(0x206, []byte{1, 2, 3})
+	c.Write(0x203, []byte{9})
+	if want := "[0x204+4 0x206=0102]"; fmt.Sprint(r) != want || !bytes.Equal(p, []byte{1, 0, 0x77, 0x77, 0x77, 0x77, 0, 0}) {
+		t.Errorf("accesses %v, want %s; read %x", r, want, p)
+	}
+}
+
+// recorder is a device that notes what it is asked.
+type recorder []string
+
+func (r *recorder) Read(off uint64, p []byte) {
+	*r = append(*r, fmt.Sprintf("%#x+%d", off, len(p)))
+	copy(p, bytes.Repeat([]byte{0x77}, len(p)))
+}
+
+func (r *recorder) Write(off uint64, p []byte) { *r = append(*r, fmt.Sprintf("%#x=%x", off, p)) }

@@ -73,10 +73,17 @@ func (c *Config) AddPCIeCapability(t PortType) (off int) {
 		v.put32(pcieDevCap, devCapRoleErrors|devCapFLR)
 		w.put16(pcieDevCtl, devCtlMask|devCtlFLR)
 	}
-	off = c.AddCapability(capPCIe, v[2:], w[2:])
+	return c.AddPCIeRegisters(v[2:], w[2:])
+}
+
+// AddPCIeRegisters adds the PCI Express capability of a function that has its own registers:
+// body and wmask are as for [Config.AddCapability]. The rest is as with AddPCIeCapability,
+// the reset only where wmask lets the guest ask for it.
+func (c *Config) AddPCIeRegisters(body, wmask []byte) (off int) {
+	off = c.AddCapability(capPCIe, body, wmask)
 	c.SetW1C16(off+pcieDevStatus, devStatusW1C)
 	c.pcie = off
-	if t != TypeRootPort {
+	if le.Uint16(c.wmask[off+pcieDevCtl:])&devCtlFLR != 0 {
 		c.OnWrite(off+pcieDevCtl, 2, c.initiateFLR)
 	}
 	return off
@@ -101,13 +108,18 @@ func (c *Config) initiateFLR() {
 
 // integrate makes an endpoint a root complex integrated one, which has no link: PCIe 7.5.3.2.
 func (c *Config) integrate() {
-	if c.pcie == 0 || c.Uint16(c.pcie+pcieFlags)>>4&0xf != uint16(TypeEndpoint) {
+	flags := c.Uint16(c.pcie + pcieFlags)
+	if c.pcie == 0 || flags>>4&0xf != uint16(TypeEndpoint) {
 		return
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.define16(c.pcie+pcieFlags, pcieVersion|uint16(TypeIntegratedEndpoint)<<4, 0)
-	for _, off := range []int{pcieLinkCap, pcieLinkCtl, pcieLinkCap2, pcieLinkCtl2} { // with their status
+	c.define16(c.pcie+pcieFlags, flags|uint16(TypeIntegratedEndpoint)<<4, 0)
+	link := []int{pcieLinkCap, pcieLinkCtl, pcieLinkCap2, pcieLinkCtl2} // with their status
+	if flags&0xf < pcieVersion {
+		link = link[:2]
+	}
+	for _, off := range link {
 		c.define32(c.pcie+off, 0, 0)
 	}
 }
