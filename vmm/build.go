@@ -43,6 +43,7 @@ var builders = map[string]func(*builder, *Device) (pci.Function, error){
 	"virtio-blk-pci":    (*builder).virtioBlk,
 	"virtio-serial-pci": (*builder).virtioSerial,
 	"virtio-rng-pci":    (*builder).virtioRNG,
+	"vfio-pci":          (*builder).vfioPCI,
 }
 
 // build makes all devices. Each one is tried, so that all errors are seen at once.

@@ -53,6 +53,12 @@ var drivers = []driver{
 	{schema{name: "virtio-rng-pci", aliases: aliases("virtio-rng"), help: "entropy", props: onVirtio(
 		prop{name: "rng", help: "id of an -object rng-random or rng-builtin"},
 	)}, busPCI, ""},
+	{schema{name: "vfio-pci", help: "PCI function of the host, such as a VF", props: onPCI(
+		prop{name: "host", help: "its address there, 0000:01:10.0"},
+		prop{name: "sysfsdev", help: "its folder below /sys, in place of host="},
+		prop{name: "bind", kind: kindEnum, enum: []string{"off", "auto"}, def: "off", help: "auto: take it from its driver, and give it back at the end"},
+		prop{name: "rombar", kind: kindUint, max: 1, ignored: "no firmware would run the option ROM"},
+	)}, busPCI, ""},
 }
 
 var portProps = []prop{

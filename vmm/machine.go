@@ -35,6 +35,7 @@ type Machine struct {
 	pm     *chipset.PM
 	serial *chipset.Serial // COM1, may be nil
 	pci    *pci.RootComplex
+	vfio   *passthrough // nil without a vfio-pci
 	vcpus  []*vcpu
 	loaded *boot.Entry // the kernel is in RAM and has not run
 
@@ -197,6 +198,7 @@ func (m *Machine) buildDevices(ctx context.Context) error {
 	l := pci.Layout{ECAM: devices.Range(m.layout.ECAM), MMIO32: devices.Range(m.layout.MMIO32), MMIO64: devices.Range(m.layout.MMIO64)}
 	m.pci = pci.NewRootComplex(m.mmio, l, m.log)
 	err := m.mmio.Insert(l.ECAM, "ecam", m.pci)
+	m.recoverBindings()
 	b := builder{Machine: m, ctx: ctx}
 	return errors.Join(err, b.build())
 }

@@ -315,6 +315,15 @@ func (c *Config) validateUses(p *problems) {
 		if row := d.row(); row != nil {
 			*p = append(*p, inObject(d.String(), row.missing(d.Props)))
 		}
+		if d.Driver == "vfio-pci" {
+			if bdf, err := d.hostFunction(); err != nil {
+				p.add(d.String(), "%w", err)
+			} else if other := user["host"+bdf]; other != "" {
+				p.add(d.String(), "%s: %s has it", bdf, other)
+			} else {
+				user["host"+bdf] = d.String()
+			}
+		}
 		for key := range kinds {
 			if d.Given(key) {
 				use(d.String(), key, d.Text(key))

@@ -20,6 +20,18 @@ func TestValidate(t *testing.T) {
 		{"valid", func(c *Config) {}, ""},
 		{"smallest", func(c *Config) { c.Memory.Size, c.SMP = MinMemory, 1 }, ""},
 		{"largest", func(c *Config) { c.Memory.Size, c.SMP = MaxMemory, MaxCPUs }, ""},
+		{"vfio without a host", func(c *Config) { c.Devices = append(c.Devices, Device{Driver: "vfio-pci"}) }, "which function of the host?"},
+		{"vfio with two", func(c *Config) {
+			c.Devices = append(c.Devices, Device{Driver: "vfio-pci", Props: Values{"host": "01:10.0", "sysfsdev": "/sys"}})
+		}, "which function of the host?"},
+		{"vfio with half an address", func(c *Config) {
+			c.Devices = append(c.Devices, Device{Driver: "vfio-pci", Props: Values{"host": "10.0"}})
+		}, "host=10.0: not a PCI address"},
+		{"vfio twice", func(c *Config) {
+			for _, host := range []string{"01:10.0", "0000:01:10.0"} {
+				c.Devices = append(c.Devices, Device{Driver: "vfio-pci", Props: Values{"host": host}})
+			}
+		}, "0000:01:10.0: "},
 		{"no RAM", func(c *Config) { c.Memory.Size = 0 }, "memory: 0 bytes"},
 		{"little RAM", func(c *Config) { c.Memory.Size = MinMemory - 4096 }, "want 64M to 64G"},
 		{"much RAM", func(c *Config) { c.Memory.Size = MaxMemory + 4096 }, "want 64M to 64G"},
