@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -193,6 +194,12 @@ func (m *machine) close() {
 	m.conn.Close()
 	for range m.messages {
 	}
+}
+
+// panicked says whether L1's kernel has said that it cannot go on.
+func (m *machine) panicked() bool {
+	text, err := os.ReadFile(filepath.Join(m.out, "serial.log"))
+	return err != nil || bytes.Contains(text, []byte("Kernel panic")) || bytes.Contains(text, []byte("Oops"))
 }
 
 // lastWords is the end of what QEMU and L1's console said, for an error's text.

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -284,5 +285,27 @@ func TestEnviron(t *testing.T) {
 	env := environ("A=1")
 	if slices.Contains(env, "TMPDIR=/somewhere/else") || !slices.Contains(env, "TMPDIR=/run/tmp") || !slices.Contains(env, "A=1") || !slices.Contains(env, "PATH=/bin:"+sbin) {
 		t.Error(env)
+	}
+}
+
+// TestRewind counts a suite once that had to be started twice.
+func TestRewind(t *testing.T) {
+	r := newReport(false)
+	r.print = func(string, ...any) {}
+	events := func(lines ...string) {
+		if err := r.read(strings.NewReader(strings.Join(lines, "\n")+"\n"), io.Discard); err != nil {
+			t.Fatal(err)
+		}
+	}
+	events(`{"Action":"pass","Package":"p","Test":"TestA"}`, `{"Action":"pass","Package":"p"}`)
+	before := r.counts()
+	events(`{"Action":"pass","Package":"q","Test":"TestB"}`, `{"Action":"fail","Package":"q","Test":"TestC"}`, `{"Action":"fail","Package":"q"}`)
+	if r.ok() {
+		t.Error("a failed test is well")
+	}
+	r.rewind(before)
+	events(`{"Action":"pass","Package":"q","Test":"TestB"}`, `{"Action":"pass","Package":"q","Test":"TestC"}`, `{"Action":"pass","Package":"q"}`)
+	if want := "3 tests passed, 1 nested hosts ended by themselves"; !r.ok() || r.String() != want {
+		t.Errorf("ok %v: %s, want %s", r.ok(), r, want)
 	}
 }

@@ -34,9 +34,15 @@ type report struct {
 	build   map[string][]string
 	skips   []string
 
+	tally
+	failedIn map[string]bool
+}
+
+// tally is what a report has counted.
+type tally struct {
 	passed, failed, packages int
 	broken                   int // packages that failed without a failed test
-	failedIn                 map[string]bool
+	restarts                 int // nested hosts that ended by themselves
 }
 
 type testID struct{ pkg, test string }
@@ -71,6 +77,24 @@ func (r *report) read(src io.Reader, w io.Writer) error {
 			return err
 		}
 	}
+}
+
+// counts is what has been counted so far, for rewind.
+func (r *report) counts() tally {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.tally
+}
+
+// rewind forgets what a nested host said that then ended by itself.
+func (r *report) rewind(to tally) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	to.restarts = r.restarts + 1
+	r.tally = to
+	clear(r.running)
+	clear(r.output)
+	clear(r.failedIn)
 }
 
 func (r *report) say(format string, args ...any) {
@@ -197,6 +221,9 @@ func (r *report) String() string {
 	}
 	if len(r.skips) > 0 {
 		s += fmt.Sprintf(", %d skipped", len(r.skips))
+	}
+	if r.restarts > 0 {
+		s += fmt.Sprintf(", %d nested hosts ended by themselves", r.restarts)
 	}
 	return s
 }
