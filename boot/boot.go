@@ -47,6 +47,7 @@ type Config struct {
 	Initrd  string // path, or empty for none
 	Cmdline string
 	ACPI    []byte // tables made for ACPIBase, the RSDP first; at most ACPISize bytes
+	Cache   string // folder of unpacked kernels, made when needed; empty for none
 }
 
 // Entry says where the first vCPU begins; see CPU for its whole state.
@@ -104,7 +105,7 @@ func loadKernel(mem *guestmem.Memory, cfg Config) (image, error) {
 	}
 	switch head = head[:got]; {
 	case isBzImage(head):
-		return loadBzImage(mem, cfg.Map, f, n, head)
+		return loadBzImage(mem, cfg.Map, cache(cfg.Cache), f, n, head)
 	case isELF(head):
 		p, err := parseELF(f, n, cfg.Map)
 		if err != nil {

@@ -41,7 +41,7 @@ func isBzImage(head []byte) bool {
 }
 
 // loadBzImage loads the bzImage f of n bytes that begins with head.
-func loadBzImage(mem *guestmem.Memory, m Map, f *os.File, n uint64, head []byte) (image, error) {
+func loadBzImage(mem *guestmem.Memory, m Map, kept cache, f *os.File, n uint64, head []byte) (image, error) {
 	le := binary.LittleEndian
 	u32 := func(off int) uint64 { return uint64(le.Uint32(head[off:])) }
 	if v := le.Uint16(head[hdrVersion:]); v < minBootProtocol {
@@ -55,6 +55,15 @@ func loadBzImage(mem *guestmem.Memory, m Map, f *os.File, n uint64, head []byte)
 	off, length := setup+u32(hdrPayloadOffset), u32(hdrPayloadLength)
 	if want := max(setup+u32(hdrSyssize)*16, off+length); want > n {
 		return image{}, fmt.Errorf("truncated: its header promises %d bytes, the file has %d", want, n)
+	}
+	loaded := image{cmdlineMax: min(u32(hdrCmdlineSize), cmdlineMax)}
+	if v, size := kept.open(f); v != nil {
+		defer v.Close()
+		if p, err := parseELF(v, size, m); err == nil {
+			loaded.entry = p.entry
+			loaded.end, err = p.place(mem)
+			return loaded, err
+		}
 	}
 	ram, err := mem.Bytes(0, m.Low.Size)
 	if err != nil {
@@ -72,12 +81,13 @@ func loadBzImage(mem *guestmem.Memory, m Map, f *os.File, n uint64, head []byte)
 	if err != nil {
 		return image{}, fmt.Errorf("unpacked payload: %w", err)
 	}
+	kept.store(f, ram[img.base:img.base+img.size])
 	for _, s := range p.loads {
 		if err := img.raise(s.Off, s.Paddr); err != nil {
 			return image{}, err
 		}
 	}
-	loaded := image{entry: p.entry, cmdlineMax: min(u32(hdrCmdlineSize), cmdlineMax)}
+	loaded.entry = p.entry
 	loaded.end, err = p.place(mem)
 	return loaded, err
 }

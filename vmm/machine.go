@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -244,6 +245,15 @@ func (m *Machine) firstLoad() error {
 	return err
 }
 
+// kernelCache is where unpacked kernels are kept: $XDG_CACHE_HOME or ~/.cache, if there is one.
+func kernelCache() string {
+	dir, err := os.UserCacheDir()
+	if err != nil {
+		return ""
+	}
+	return filepath.Join(dir, "baton", "kernels")
+}
+
 // loadKernel fills RAM with the kernel and what it wants to know.
 func (m *Machine) loadKernel() (boot.Entry, error) {
 	if entry := m.loaded; entry != nil {
@@ -273,7 +283,7 @@ func (m *Machine) loadKernel() (boot.Entry, error) {
 	})
 	return boot.Load(m.mem, boot.Config{
 		Map: m.layout, Kernel: m.cfg.Kernel, Initrd: m.cfg.Initrd, Cmdline: m.cfg.Append,
-		ACPI: tables,
+		ACPI: tables, Cache: kernelCache(),
 	})
 }
 
