@@ -128,7 +128,7 @@ func powerButton(t *testing.T, g *harness.Guest, qmp string) {
 		if err != nil {
 			read <- err.Error()
 		}
-		read <- strings.TrimSpace(r.Stdout)
+		read <- strings.TrimSpace(r.Stdout + r.Stderr)
 	}()
 	g.Sh(ctx, "until [ -e /tmp/open ]; do :; done")
 	harness.DialQMP(t, ctx, qmp).Do("system_powerdown", nil)
