@@ -336,6 +336,7 @@ func (n *nic) control(t *testing.T) {
 
 	const mac = "52:54:00:00:66:77"
 	n.g.Sh(ctx, "ip link set "+n.name+" address "+mac)
+	n.forget(t)
 	n.pingGuest(t, ctx, "56")
 	found := false
 	neighbours, err := netlink.NeighList(link(t, n.tap).Attrs().Index, netlink.FAMILY_V4)
@@ -346,16 +347,25 @@ func (n *nic) control(t *testing.T) {
 		t.Errorf("no neighbour %s: %v (%v), or another filter: %+v", mac, neighbours, err, f)
 	}
 	n.g.Sh(ctx, "ip link set "+n.name+" address "+n.mac)
+	n.forget(t)
 
 	vlan := &netlink.Vlan{LinkAttrs: netlink.LinkAttrs{Name: "vlan", ParentIndex: link(t, n.tap).Attrs().Index}, VlanId: 4000}
 	if err := netlink.LinkAdd(vlan); err != nil {
 		t.Fatal(err)
 	}
-	defer netlink.LinkDel(vlan)
+	t.Cleanup(func() { netlink.LinkDel(vlan) })
 	harness.Addr(t, "vlan", "10.67.0.1/24")
 	harness.Up(t, "vlan")
 	n.g.Sh(ctx, "ip link add link "+n.name+" name v type vlan id 4000; ip addr add 10.67.0.2/24 dev v; ip link set v up; ping -c 1 -W 20 -s 1472 10.67.0.1; ip link del v")
 	n.g.Sh(ctx, "ping -c 1 -W 20 "+n.host)
+}
+
+// forget has the host ask for the guest's MAC again.
+func (n *nic) forget(t *testing.T) {
+	t.Helper()
+	if out, err := exec.Command("ip", "neigh", "flush", "dev", n.tap).CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
 }
 
 // link pulls the cable and puts it back.
