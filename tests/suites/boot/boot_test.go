@@ -124,7 +124,7 @@ func powerButton(t *testing.T, g *harness.Guest, qmp string) {
 	// struct input_event: 16 bytes of time, then type 1 (EV_KEY), code 116 (KEY_POWER), value 1.
 	read := make(chan string, 1)
 	go func() {
-		r, err := g.Run(ctx, "sh", "-c", "exec 3</dev/input/event0; echo >/tmp/open; head -c 24 <&3 | hexdump -s 16 -e '4/2 \"%d \"'")
+		r, err := g.Run(ctx, "sh", "-c", "exec 3</dev/input/event0; echo >/tmp/open; head -c 24 <&3 | tail -c 8 | hexdump -e '4/2 \"%d \"'")
 		if err != nil {
 			read <- err.Error()
 		}
