@@ -199,6 +199,7 @@ func (m *machine) configSpace() {
 // barMoves puts a BAR over everything else and uses it there.
 func (m *machine) barMoves() {
 	was := m.bar(rng)
+	status := m.do(peek(was+deviceStatus, 8)) // noise in its configuration space may have reset it
 	for name, to := range map[string]uint64{
 		"RAM":           0x200_0000,
 		"the good disk": m.bar(goodOne),
@@ -219,8 +220,8 @@ func (m *machine) barMoves() {
 		m.works(m.t, false)
 	}
 	m.do(setBAR(rng, was))
-	if got := m.do(peek(was+deviceStatus, 8)); got != "0x0F" {
-		m.t.Errorf("after its return the entropy device has the status %s, want 0x0F", got)
+	if got := m.do(peek(was+deviceStatus, 8)); got != status {
+		m.t.Errorf("after its return the entropy device has the status %s, and had %s before", got, status)
 	}
 }
 
