@@ -50,6 +50,7 @@ func needs(codename string) []need {
 		{"pciutils", program("lspci")},
 		{"ethtool", program("ethtool")},
 		{"acpica-tools", program("iasl")},
+		{"inetutils-telnet", program("telnet")},
 	}
 }
 
