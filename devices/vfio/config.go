@@ -20,6 +20,8 @@ const (
 	capStart   = 0x40
 	extStart   = 0x100
 
+	pmNoSoftReset = 1 << 3 // of PMCSR: D3hot loses nothing, as it is never entered
+
 	commandMemory = 1 << 1
 	commandMaster = 1 << 2
 	statusCapList = 1 << 4
@@ -229,8 +231,8 @@ func (f *Function) addCapabilities(space []byte, interrupts func(capability) err
 			}
 			f.c.AddPCIeRegisters(body, mask)
 		case c.id == capPM && n == 8:
-			body[1] &= 0x07 // no PME, nor auxiliary power for it
-			body[2], body[3] = body[2]&0x08, 0
+			body[1] &= 0x07                     // no PME, nor auxiliary power for it
+			body[2], body[3] = pmNoSoftReset, 0 // in D0
 			f.c.AddCapability(capPM, body, pmMask)
 		case how == pass:
 			f.c.AddCapability(byte(c.id), body, nil)
