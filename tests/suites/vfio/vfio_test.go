@@ -11,6 +11,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strconv"
@@ -49,42 +50,152 @@ func TestVF(t *testing.T) {
 	if d := vf.Driver(); d != "vfio-pci" {
 		t.Errorf("the host's driver is %q while the guest has the VF", d)
 	}
-	n := &nic{g: g, peer: peer, driver: "igbvf", mac: mac}
+	refused(t, `IOMMU group \d+: device or resource busy\n *another process has the group`, baton(t, "host="+vf.PCI))
+	n := &nic{g: g, driver: "igbvf", mac: mac, world: peer.Do, ping: func(ctx context.Context) { peer.Ping(ctx, guest) }}
 	t.Run("traffic", n.traffic)
 	t.Run("function", n.function)
 	t.Run("reboot", func(t *testing.T) { reboot(t, g) })
 	t.Run("traffic after the reboot", n.traffic)
 	t.Run("driver again", n.again)
+	n.powerOff(t)
 
-	g.Output(harness.Context(t, limit), "@poweroff")
-	if code := g.Wait(harness.Context(t, limit)); code != 0 {
-		t.Errorf("exit code %d", code)
-	}
 	if d := vf.Driver(); d != was || was == "" {
 		t.Fatalf("driver %q after the end, %q before", d, was)
 	}
-	usable(t, peer, vf.PCI)
-}
-
-// usable uses the device on the host.
-func usable(t *testing.T, peer *harness.Peer, pci string) {
-	t.Helper()
-	links, _ := filepath.Glob("/sys/bus/pci/devices/" + pci + "/net/*")
-	if len(links) != 1 {
-		t.Fatalf("interfaces of %s: %q", pci, links)
-	}
-	name := filepath.Base(links[0])
+	name := linkOf(t, vf.PCI)
 	harness.Up(t, name)
 	harness.Addr(t, name, host+"/24")
 	peer.Ping(harness.Context(t, limit), host)
 }
 
+// TestNIC passes a whole NIC through, which has no FLR and no 64-bit BARs.
+func TestNIC(t *testing.T) {
+	quietKernel(t)
+	if !harness.Nested() {
+		t.Skip("needs the nested host's e1000e")
+	}
+	drivers, _ := filepath.Glob("/sys/bus/pci/drivers/e1000e/0000:*")
+	if len(drivers) != 1 {
+		t.Fatalf("e1000e: %q", drivers)
+	}
+	pci := filepath.Base(drivers[0])
+	address, err := os.ReadFile("/sys/class/net/" + linkOf(t, pci) + "/address")
+	if err != nil {
+		t.Fatal(err)
+	}
+	pf := harness.PFs(t)[0].Name
+	harness.Up(t, pf)
+	harness.Addr(t, pf, world+"/24")
+
+	g := harness.Start(t, harness.GuestConfig{Args: append(harness.Linux(t), "-m", "256M",
+		"-device", "pcie-root-port,id=r", "-device", "vfio-pci,bus=r,bind=auto,sysfsdev=/sys/bus/pci/devices/"+pci)})
+	g.Output(harness.Context(t, bootLimit), "@modprobe", "e1000e")
+	n := &nic{g: g, driver: "e1000e", mac: strings.TrimSpace(string(address)),
+		world: func(f func() error) error { return f() },
+		ping: func(ctx context.Context) {
+			if out, err := exec.CommandContext(ctx, "ping", "-n", "-c", "1", "-w", "3600", "-i", "0.2", guest).CombinedOutput(); err != nil {
+				t.Fatalf("ping: %v\n%s", err, out)
+			}
+		}}
+	t.Run("traffic", n.traffic)
+	t.Run("function", n.function)
+	t.Run("reboot", func(t *testing.T) { reboot(t, g); g.Output(harness.Context(t, limit), "@modprobe", "e1000e") })
+	t.Run("traffic after the reboot", n.traffic)
+	t.Run("driver again", n.again)
+	n.powerOff(t)
+
+	peer := harness.NewPeer(t, host+"/24") // by the same NIC
+	if out, err := peer.Run(harness.Context(t, limit), "ping", "-n", "-c", "1", "-w", "3600", "-i", "0.2", world); err != nil {
+		t.Error(err, out)
+	}
+}
+
+// linkOf is the interface of a PCI function.
+func linkOf(t *testing.T, pci string) string {
+	t.Helper()
+	links, _ := filepath.Glob("/sys/bus/pci/devices/" + pci + "/net/*")
+	if len(links) != 1 {
+		t.Fatalf("interfaces of %s: %q", pci, links)
+	}
+	return filepath.Base(links[0])
+}
+
+// TestRefused has everything that can be wrong with the host, which must stay as it was.
+func TestRefused(t *testing.T) {
+	quietKernel(t)
+	vf := harness.PFs(t)[0].CreateVFs(t, 1)[0]
+	was := vf.Driver()
+	refused(t, `there is no such PCI function\n *`, baton(t, "host=7f:1f.7"))
+	refused(t, `its driver is "igbvf", not vfio-pci\n *bind=auto `, baton(t, "host="+vf.PCI))
+	args := baton(t, "bind=auto,host="+vf.PCI).Args
+	refused(t, `VFIO locks all of the guest's RAM: 131072 KiB, but the limit is 1024 KiB\n *ulimit -l 131072 `,
+		exec.Command("sh", append([]string{"-c", `ulimit -l 1024; exec setpriv --bounding-set=-ipc_lock "$0" "$@"`}, args...)...))
+	if d := vf.Driver(); d != was {
+		t.Errorf("driver %q, was %q", d, was)
+	}
+}
+
+// TestSharedGroup wants one function of a chipset whose others the host uses.
+func TestSharedGroup(t *testing.T) {
+	if !harness.Nested() {
+		t.Skip("needs the nested host's chipset")
+	}
+	quietKernel(t)
+	const sata, smbus = "0000:00:1f.2", "0000:00:1f.3"
+	if out, err := exec.Command("modprobe", "ahci").CombinedOutput(); err != nil {
+		t.Fatalf("modprobe: %v\n%s", err, out)
+	}
+	t.Cleanup(func() {
+		if out, err := exec.Command("modprobe", "-r", "ahci").CombinedOutput(); err != nil {
+			t.Errorf("modprobe -r: %v\n%s", err, out)
+		}
+	})
+	refused(t, `IOMMU group \d+ is not viable: `+sata+` by ahci\n *what is in one group`, baton(t, "bind=auto,host="+smbus))
+	if _, err := os.Readlink("/sys/bus/pci/devices/" + smbus + "/driver"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("it had no driver, but now: %v", err)
+	}
+}
+
+// TestKilled: what a baton could not give back, the next one does.
+func TestKilled(t *testing.T) {
+	quietKernel(t)
+	vf := harness.PFs(t)[0].CreateVFs(t, 1)[0]
+	was := vf.Driver()
+	g := harness.Start(t, harness.GuestConfig{NoAgent: true, Args: append(harness.Linux(t),
+		"-device", "vfio-pci,bind=auto,host="+vf.PCI)})
+	g.WaitEvent(harness.Context(t, limit), "RESUME")
+	g.Kill()
+	if d := vf.Driver(); d != "vfio-pci" {
+		t.Errorf("driver %q after the kill", d)
+	}
+	refused(t, vf.PCI+` was left bound to vfio-pci; gave it back`, baton(t, "host=7f:1f.7"))
+	if d := vf.Driver(); d != was || was == "" {
+		t.Errorf("driver %q, was %q", d, was)
+	}
+}
+
+// baton is a command for a guest with the device.
+func baton(t *testing.T, device string) *exec.Cmd {
+	args := append(harness.Linux(t), "-nographic", "-device", "vfio-pci,"+device)
+	return exec.Command(harness.Baton(t), args...)
+}
+
+// refused runs a command that has to fail with a message of that pattern.
+func refused(t *testing.T, pattern string, cmd *exec.Cmd) {
+	t.Helper()
+	out, err := cmd.CombinedOutput()
+	if !errors.As(err, new(*exec.ExitError)) || !regexp.MustCompile(pattern).Match(out) {
+		t.Errorf("%v: %v, want %q\n%s", cmd.Args[len(cmd.Args)-1], err, pattern, out)
+	}
+}
+
 // A nic is the guest's view of the device.
 type nic struct {
 	g           *harness.Guest
-	peer        *harness.Peer
 	driver, mac string
 	name        string
+	world       func(f func() error) error // runs f at the other end of the wire
+	ping        func(ctx context.Context)  // the guest, from there
 }
 
 // traffic crosses the wire both ways, and is announced by MSI-X.
@@ -94,7 +205,7 @@ func (n *nic) traffic(t *testing.T) {
 	if d := n.g.Sh(ctx, "basename $(readlink /sys/class/net/"+n.name+"/device/driver)"); d != n.driver {
 		t.Fatalf("driver %q, want %q", d, n.driver)
 	}
-	n.peer.Ping(ctx, guest)
+	n.ping(ctx)
 	before := n.interrupts(t, ctx)
 	n.g.Sh(ctx, "ping -c 5 -i 0.2 -W 20 -s 1400 "+world)
 	if after := n.interrupts(t, ctx); after < before+5 {
@@ -135,7 +246,7 @@ const tcpBytes = 4 << 20
 
 func (n *nic) fromGuest(t *testing.T, ctx context.Context) (sent, received string) {
 	var l net.Listener
-	err := n.peer.Do(func() (err error) {
+	err := n.world(func() (err error) {
 		l, err = net.Listen("tcp4", world+":0")
 		return err
 	})
@@ -176,9 +287,9 @@ func (n *nic) toGuest(t *testing.T, ctx context.Context) (sent, received string)
 		conn, err = new(net.Dialer).DialContext(ctx, "tcp4", guest+":5001")
 		return err
 	}
-	err := n.peer.Do(dial)
+	err := n.world(dial)
 	for errors.Is(err, unix.ECONNREFUSED) && ctx.Err() == nil { // nobody listens yet
-		err = n.peer.Do(dial)
+		err = n.world(dial)
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -195,8 +306,6 @@ func (n *nic) toGuest(t *testing.T, ctx context.Context) (sent, received string)
 // function looks at what the guest sees in the configuration space.
 func (n *nic) function(t *testing.T) {
 	ctx := harness.Context(t, limit)
-	tree := n.g.Output(ctx, "@lspci")
-	t.Log(tree)
 	dir := "/sys/class/net/" + n.name + "/device"
 	if got := n.g.Sh(ctx, "cat "+dir+"/irq"); got != "0" {
 		t.Errorf("irq %s, but there is no INTx", got)
@@ -204,16 +313,29 @@ func (n *nic) function(t *testing.T) {
 	if got := n.g.Sh(ctx, "cd "+dir+"; ls -d sriov_totalvfs reset 2>/dev/null || true"); got != "reset" {
 		t.Errorf("files %q: want reset and no SR-IOV", got)
 	}
-	n.g.Sh(ctx, "echo 1 >"+dir+"/reset")
-	n.peer.Ping(ctx, guest)
 }
 
-// again unbinds and binds the guest's driver.
+// again takes the guest's driver away, resets the function, and gives the driver back.
 func (n *nic) again(t *testing.T) {
 	ctx := harness.Context(t, limit)
-	n.g.Sh(ctx, "d=$(readlink -f /sys/class/net/"+n.name+"/device); cd /sys/bus/pci/drivers/"+n.driver+"; echo ${d##*/} >unbind; echo ${d##*/} >bind")
+	n.g.Sh(ctx, "d=$(readlink -f /sys/class/net/"+n.name+"/device); cd /sys/bus/pci/drivers/"+n.driver+"; echo ${d##*/} >unbind; echo 1 >$d/reset; echo ${d##*/} >bind")
 	n.name = strings.TrimSpace(n.g.Output(ctx, "@addr", n.mac, guest+"/24"))
-	n.peer.Ping(ctx, guest)
+	n.ping(ctx)
+}
+
+// powerOff ends the guest, which must have nothing to complain about.
+func (n *nic) powerOff(t *testing.T) {
+	t.Helper()
+	if bad := regexp.MustCompile(`.*(?:BUG:|WARNING:|AER:|not ready|` + n.driver + `.*(?i:fail|error|hang|timeout)).*`).FindString(n.g.Output(harness.Context(t, limit), "@dmesg")); bad != "" {
+		t.Errorf("the guest's kernel: %s", bad)
+	}
+	n.g.Output(harness.Context(t, limit), "@poweroff")
+	if code := n.g.Wait(harness.Context(t, limit)); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	if text := n.g.Stderr.String(); strings.Contains(text, "impaired") {
+		t.Errorf("baton: %s", text)
+	}
 }
 
 // reboot takes the guest through a reset of the machine.
