@@ -237,7 +237,7 @@ var harmless = regexp.MustCompile(strings.Join([]string{
 	`amd_pstate: the _CPC object is not present`, // no frequencies to set, as in every VM
 	`RAS: Correctable Errors collector initialized`,
 	`DMI not present or invalid`, // there is no SMBIOS
-	`node 0 deferred pages`,
+	`hrtimer: interrupt took`,    // of a nested host that is busy
 	`ACPI: Early table checksum verification disabled`,
 }, "|"))
 

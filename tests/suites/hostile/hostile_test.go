@@ -27,12 +27,14 @@ const (
 	limit     = 2 * time.Minute
 )
 
-// The machine: three functions to be mistreated, and a disk to be left alone.
+// The machine: functions to be mistreated, some of which have to work afterwards and some
+// only after a reset, and a disk to be left alone.
 const (
-	port    = "0000:00:01.0" // above victimDisk
 	disk    = "0000:01:00.0"
 	nic     = "0000:02:00.0"
 	rng     = "0000:00:06.0"
+	port    = "0000:00:03.0" // above lost
+	lost    = "0000:03:00.0"
 	goodOne = "0000:00:08.0"
 
 	hostIP, guestIP = "10.68.0.1", "10.68.0.2"
@@ -66,7 +68,7 @@ func TestHostileLinux(t *testing.T) {
 	m := &machine{sums: map[string]string{}}
 	files := map[string]string{}
 	for i, function := range []string{goodOne, disk} {
-		data := make([]byte, 4<<20)
+		data := make([]byte, 1<<20)
 		rand.NewChaCha8([32]byte{byte(i)}).Read(data)
 		files[function] = filepath.Join(dir, fmt.Sprint("disk", i))
 		if err := os.WriteFile(files[function], data, 0o600); err != nil {
@@ -81,6 +83,7 @@ func TestHostileLinux(t *testing.T) {
 	// Root may then touch what drivers use.
 	m.Guest = harness.Start(t, harness.GuestConfig{Args: append(harness.Linux(t, "iomem=relaxed"), "-m", "512M", "-smp", "2",
 		"-device", "pcie-root-port,id=r1,addr=1", "-device", "pcie-root-port,id=r2,addr=2",
+		"-device", "pcie-root-port,id=r3,addr=3", "-device", "virtio-rng-pci,bus=r3",
 		"-drive", "if=none,id=v,format=raw,file="+files[disk], "-device", "virtio-blk-pci,drive=v,bus=r1",
 		"-netdev", "tap,id=n,ifname=hostile0,vhost=on,script="+up, "-device", "virtio-net-pci,netdev=n,bus=r2",
 		"-device", "virtio-rng-pci,addr=6",
@@ -91,11 +94,11 @@ func TestHostileLinux(t *testing.T) {
 		name string
 		do   func(*machine)
 	}{
-		{"config space", (*machine).configSpace},
 		{"BAR moves", (*machine).barMoves},
 		{"widths", (*machine).widths},
 		{"bad vectors", (*machine).badVectors},
 		{"bad queues", (*machine).badQueues},
+		{"config space", (*machine).configSpace},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			tc.do(&machine{m.In(t), t, harness.Context(t, limit), m.sums})
@@ -186,20 +189,9 @@ func unbind(function string) string {
 
 const bind = "cat /tmp/name >$(cat /tmp/driver)/bind\n"
 
-// configSpace writes noise to every register, in several widths, of an endpoint and of a
-// bridge, and puts back what was there.
-func (m *machine) configSpace() {
-	for _, function := range []string{rng, port, disk} {
-		config := file(function, "config")
-		m.do("cp " + config + " /tmp/config; for bs in 1 2 3 4096; do dd if=/dev/urandom of=" + config + " bs=$bs count=$((4096 / bs)) conv=notrunc; dd if=" + config +
-			" of=/dev/null bs=$bs; done; dd if=/tmp/config of=" + config + " bs=4096 conv=notrunc")
-	}
-}
-
 // barMoves puts a BAR over everything else and uses it there.
 func (m *machine) barMoves() {
 	was := m.bar(rng)
-	status := m.do(peek(was+deviceStatus, 8)) // noise in its configuration space may have reset it
 	for name, to := range map[string]uint64{
 		"RAM":           0x200_0000,
 		"the good disk": m.bar(goodOne),
@@ -217,11 +209,10 @@ func (m *machine) barMoves() {
 			continue
 		}
 		m.do(peek(to, 8) + peek(to+deviceStatus, 8))
-		m.works(m.t, false)
 	}
 	m.do(setBAR(rng, was))
-	if got := m.do(peek(was+deviceStatus, 8)); got != status {
-		m.t.Errorf("after its return the entropy device has the status %s, and had %s before", got, status)
+	if got := m.do(peek(was+deviceStatus, 8)); got != "0x0F" {
+		m.t.Errorf("after its return the entropy device has the status %s, want 0x0F", got)
 	}
 }
 
@@ -268,7 +259,6 @@ func (m *machine) badVectors() {
 		for i := range uint64(3) {
 			script += poke(table+16*i, 32, message.low) + poke(table+16*i+4, 32, message.high) + poke(table+16*i+8, 32, message.data) + poke(table+16*i+12, 32, 0)
 		}
-		script += "ping -c 1 -W 1 " + hostIP + " >/dev/null\n"
 	}
 	flood := exec.CommandContext(m.ctx, "ping", "-n", "-q", "-i", "0.02", guestIP)
 	if err := flood.Start(); err != nil {
@@ -287,7 +277,6 @@ func (m *machine) badQueues() {
 		m.do(unbind(function))
 		for name, queue := range map[string][3]uint64{
 			"outside of RAM":  {0x4000_0000, 0x4001_0000, 0x4002_0000},
-			"across its end":  {0x1fff_fff0, 0x100_0000, 0x101_0000},
 			"at the very end": {0xffff_ffff_ffff_fff0, 0xffff_ffff_ffff_fffe, 0xffff_ffff_ffff_fffc},
 			"not aligned":     {0x100_0001, 0x101_0001, 0x102_0001},
 			"over ECAM":       {0xb000_0000, 0xb000_1000, 0xb000_2000},
@@ -308,9 +297,18 @@ func (m *machine) badQueues() {
 			if err != nil || status&needsReset == 0 {
 				m.t.Errorf("%s: queues %s: the device's status is %q, want it to ask for a reset", function, name, got)
 			}
-			m.works(m.t, false)
 		}
 		m.do(bind)
 	}
 	m.works(m.t, true)
+}
+
+// configSpace writes noise to every register, in several widths, of an endpoint, a bridge
+// and what is behind it.
+func (m *machine) configSpace() {
+	for _, function := range []string{rng, port, lost} {
+		config := file(function, "config")
+		m.do("for bs in 1 2 3 4; do dd if=/dev/urandom of=" + config + " bs=$bs count=$((256 / bs)) conv=notrunc; dd if=" + config + " of=/dev/null bs=$bs count=$((256 / bs)); done\n" +
+			"dd if=/dev/urandom of=" + config + " bs=4096 conv=notrunc")
+	}
 }
