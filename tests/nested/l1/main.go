@@ -11,6 +11,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 
@@ -43,6 +44,8 @@ func run() error {
 		return errors.Join(append(s.errs, err)...)
 	}
 	s.linkUp("lo")
+	vm := s.holdVM()
+	defer runtime.KeepAlive(vm)
 
 	l := link{enc: json.NewEncoder(port)}
 	ready := proto.Ready{UptimeSeconds: uptime()}

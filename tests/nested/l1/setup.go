@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"baton/kvm"
 	"baton/tests/nested/proto"
 )
 
@@ -78,6 +79,20 @@ func (s *setup) enterRoot() error {
 	// No cache here: L0 reads the files while L1 writes them.
 	s.mount(proto.OutTag, proto.OutDir, "9p", 0, p9+"cache=none")
 	return nil
+}
+
+// holdVM makes a VM that nobody runs. With the first VM, and after the last one, the kernel
+// rewrites the code of its scheduler (preempt_notifier_inc), and an emulated CPU may run an
+// instruction that is half written: the kernel then ends with "Oops: int3".
+func (s *setup) holdVM() *kvm.VM {
+	sys, err := kvm.Open()
+	if !s.check("hold a VM", err) {
+		return nil
+	}
+	defer sys.Close()
+	vm, err := sys.CreateVM()
+	s.check("hold a VM", err)
+	return vm
 }
 
 // linkUp sets a network interface up; lo is down in a fresh kernel.
