@@ -75,6 +75,9 @@ func (v *VCPU) Close() error {
 // ID is the APIC ID.
 func (v *VCPU) ID() int { return v.id }
 
+// XSaveSize is the length of State.XSave in bytes.
+func (v *VCPU) XSaveSize() int { return v.xsaveSize }
+
 // DirtyRing is nil unless EnableDirtyRing came before CreateVCPU.
 func (v *VCPU) DirtyRing() *DirtyRing { return v.ring }
 

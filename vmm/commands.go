@@ -34,11 +34,14 @@ func do(name string, f func()) qmp.Command {
 // commands are all commands of QMP that the machine has. They run in the main loop, so that
 // each sees and leaves a machine that does not change meanwhile. Ctx ends what takes long.
 func (m *Machine) commands(ctx context.Context) []qmp.Command {
-	return slices.Concat(m.queries(), m.pciCommands(), m.netCommands(ctx), []qmp.Command{
+	return slices.Concat(m.queries(), m.pciCommands(), m.netCommands(ctx), m.fileCommands(), []qmp.Command{
 		do("quit", func() { m.end("host-qmp-quit") }),
 		do("stop", func() {
-			if m.State() == StateRunning {
+			switch m.State() {
+			case StateRunning:
 				m.stop(StatePaused)
+			case StateInMigrate: // once it is there
+				m.cfg.Paused = true
 			}
 		}),
 		qmp.New("cont", func(qmp.None) (none qmp.None, err error) { return none, m.cont() }),
@@ -51,6 +54,8 @@ func (m *Machine) commands(ctx context.Context) []qmp.Command {
 func (m *Machine) cont() error {
 	switch m.State() {
 	case StateRunning:
+	case StateInMigrate:
+		m.cfg.Paused = false // once the guest is there
 	case StateInternalError, StateShutdown:
 		return qmp.Errorf(qmp.GenericError, "Resetting the Virtual Machine is required")
 	default:

@@ -12,6 +12,10 @@ const (
 	MaxMemory = 64 << 30 // bytes
 	MaxQueues = 16       // pairs of a netdev, queues of a disk
 	RootBus   = "pcie.0" // the root complex's own bus
+
+	// IncomingDefer, as Config.Incoming, leaves it to QMP's migrate-incoming to say where the
+	// guest comes from.
+	IncomingDefer = "defer"
 )
 
 // Config says everything about a machine before it exists. It is plain data: what
@@ -37,6 +41,9 @@ type Config struct {
 	// NoShutdown stops the machine where it would end otherwise, for a client to look at.
 	NoShutdown bool `json:"no-shutdown,omitempty"`
 	Paused     bool `json:"S,omitempty"` // no vCPU runs until a client says so
+	// Incoming is where a guest comes from that runs elsewhere, or has been saved: a URI as
+	// that of QMP's migrate, or IncomingDefer. Empty: the guest starts here.
+	Incoming string `json:"incoming,omitempty"`
 	// NoDefaults leaves out the serial port on stdio that a machine without -serial has.
 	NoDefaults bool   `json:"nodefaults,omitempty"`
 	Daemonize  bool   `json:"daemonize,omitempty"` // run in the background, once the machine is ready

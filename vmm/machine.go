@@ -26,6 +26,7 @@ type Machine struct {
 	log    *slog.Logger
 	events *EventBus
 
+	sys    *kvm.System
 	kvm    *kvm.VM
 	mem    *guestmem.Memory
 	layout boot.Map
@@ -68,7 +69,8 @@ func New(ctx context.Context, cfg *Config, log *slog.Logger) (_ *Machine, err er
 	if err != nil {
 		return nil, err
 	}
-	defer sys.Close()
+	m.sys = sys
+	m.onClose(sys.Close) // a vCPU's state is read by the list that it has
 	if err := m.checkKVM(sys); err != nil {
 		return nil, err
 	}
@@ -240,6 +242,9 @@ func (m *Machine) resetDevices() error {
 
 // firstLoad does what loadKernel does, for the next one, too.
 func (m *Machine) firstLoad() error {
+	if m.cfg.Incoming != "" {
+		return nil // RAM comes as it is
+	}
 	entry, err := m.loadKernel()
 	m.loaded = &entry
 	return err

@@ -122,6 +122,8 @@ func options() []option {
 		{name: "no-reboot", group: groupRun, help: "end when the guest resets", set: setFlag(func(c *Config) *bool { return &c.NoReboot })},
 		{name: "no-shutdown", group: groupRun, help: "stop where baton would end: guest off, reset under -no-reboot, crash", set: setFlag(func(c *Config) *bool { return &c.NoShutdown })},
 		{name: "S", group: groupRun, help: "start no vCPU until the monitor says cont", set: setFlag(func(c *Config) *bool { return &c.Paused })},
+		{name: "incoming", arg: "URI", group: groupRun, help: "where a guest comes from: tcp:, unix:, file:, fd:, exec:, or defer",
+			set: setText(func(c *Config) *string { return &c.Incoming })},
 		{name: "qmp", arg: "DEV", group: groupRun, help: "QMP clients: unix:PATH,server=on,wait=off, tcp:HOST:PORT,..., stdio, chardev:ID",
 			set: func(p *parser, arg string) error {
 				p.cfg.Monitors = append(p.cfg.Monitors, Monitor{monitorQMP, arg})

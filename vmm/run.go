@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"time"
 
 	"baton/devices/char"
@@ -19,11 +20,15 @@ const (
 	StatePaused        State = "paused"
 	StateInternalError State = "internal-error" // KVM or the guest failed; the vCPUs stand still
 	StateShutdown      State = "shutdown"
+	StateInMigrate     State = "inmigrate"      // a guest is to come, or is coming
+	StateFinishMigrate State = "finish-migrate" // the guest leaves: the vCPUs stand still
+	StatePostMigrate   State = "postmigrate"    // the guest has left
 )
 
 // Values is qmp.Enum.
 func (State) Values() []string {
-	return []string{string(StatePrelaunch), string(StateRunning), string(StatePaused), string(StateInternalError), string(StateShutdown)}
+	return []string{string(StatePrelaunch), string(StateRunning), string(StatePaused), string(StateInternalError), string(StateShutdown),
+		string(StateInMigrate), string(StateFinishMigrate), string(StatePostMigrate)}
 }
 
 // ErrCrashed is what Run returns after a guest that cannot go on; the report is in the log.
@@ -56,6 +61,7 @@ type control struct {
 	shared   *char.Monitor // on the serial port's terminal, may be nil
 	devices  []device
 	nics     nics
+	files    map[string]*os.File // of getfd, by name
 }
 
 // call runs f in the main loop and waits for its end. The vCPUs may be running meanwhile.
@@ -117,11 +123,8 @@ func (m *Machine) Run(ctx context.Context) error {
 		}
 	}()
 	m.stopVCPUs() // which waits for all of them to be there
-	if err := m.restart(); err != nil {
+	if err := m.begin(ctx); err != nil {
 		return err
-	}
-	if !m.cfg.Paused {
-		m.resume()
 	}
 	m.serveMonitors(ctx)
 	if m.cfg.Daemonize {
@@ -153,6 +156,20 @@ func (m *Machine) Run(ctx context.Context) error {
 		m.events.Publish("SHUTDOWN", shutdownData{guestAsked(r.reason), r.reason})
 		m.stop(StateShutdown)
 	}
+}
+
+// begin starts the guest, or gets ready for one that comes.
+func (m *Machine) begin(ctx context.Context) error {
+	if m.cfg.Incoming != "" {
+		return m.beginIncoming(ctx)
+	}
+	if err := m.restart(); err != nil {
+		return err
+	}
+	if !m.cfg.Paused {
+		m.resume()
+	}
+	return nil
 }
 
 // next waits for a request, and carries out calls meanwhile. Requests come first: what a
@@ -234,6 +251,10 @@ func (m *Machine) stop(s State) {
 
 // reset restarts the guest. One that did not run does not run afterwards either.
 func (m *Machine) reset(reason string) {
+	if m.State() == StateInMigrate { // there is nobody yet who could tell
+		m.events.Publish("RESET", shutdownData{guestAsked(reason), reason})
+		return
+	}
 	m.stopVCPUs()
 	if err := m.restart(); err != nil {
 		m.fault = fmt.Errorf("reset: %w", err)

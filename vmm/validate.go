@@ -133,7 +133,7 @@ func (c *Config) Validate() error {
 		p.add("smp", "%d vCPUs: want 1 to %d", c.SMP, MaxCPUs)
 	}
 	c.validateMemory(&p)
-	if c.Kernel == "" {
+	if c.Kernel == "" && c.Incoming == "" {
 		p.add("kernel", "there is none\nsay -kernel FILE: baton has no firmware that could read a disk")
 	}
 	c.validateBackends(&p)

@@ -67,11 +67,16 @@ func Errorf(class, format string, args ...any) *Error {
 // NoDevice is QEMU's error for a name that nothing has.
 func NoDevice(name string) *Error { return Errorf(DeviceNotFound, "Device '%s' not found", name) }
 
-// execute checks the arguments and runs the command.
-func (c *Command) execute(args map[string]any) (any, error) {
+// execute checks the arguments and runs the command, whose File comes from files.
+func (c *Command) execute(args map[string]any, files *fileReader) (any, error) {
 	v := reflect.New(c.args).Elem()
 	if err := bind(v, args, ""); err != nil {
 		return nil, err
+	}
+	for i := range v.NumField() {
+		if v.Field(i).Type() == reflect.TypeFor[File]() {
+			v.Field(i).Set(reflect.ValueOf(File{files.take()}))
+		}
 	}
 	return c.run(v)
 }

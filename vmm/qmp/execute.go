@@ -15,5 +15,5 @@ func (s *Server) Execute(name string, args map[string]any) (any, error) {
 	if !ok {
 		return nil, Errorf(CommandNotFound, "The command %s has not been found", name)
 	}
-	return c.execute(args)
+	return c.execute(args, nil)
 }

@@ -158,8 +158,9 @@ func (s *Server) Close() error {
 // session is the conversation with one client.
 type session struct {
 	*Server
-	conn io.ReadWriteCloser
-	done chan struct{} // closed at the end of the client's input
+	conn  io.ReadWriteCloser
+	files *fileReader   // nil if the connection cannot carry any
+	done  chan struct{} // closed at the end of the client's input
 
 	turn  sync.Mutex // held from a request to its reply
 	out   sync.Mutex // held while something is written: replies and events do not mix
@@ -195,6 +196,11 @@ func (c *session) serve() {
 	}
 	defer close(c.done)
 	in := NewDecoder(c.conn)
+	if conn, ok := c.conn.(*net.UnixConn); ok {
+		c.files = &fileReader{conn: conn}
+		defer c.files.close()
+		in = NewDecoder(c.files)
+	}
 	for {
 		request, err := in.Next()
 		var syntax SyntaxError
@@ -227,7 +233,7 @@ func (c *session) answer(request any) (r reply) {
 		err = c.negotiate(args)
 		r.Return = None{}
 	} else if err == nil {
-		if e := c.cfg.Do(func() { r.Return, err = command.execute(args) }); e != nil {
+		if e := c.cfg.Do(func() { r.Return, err = command.execute(args, c.files) }); e != nil {
 			err = e
 		}
 	}
