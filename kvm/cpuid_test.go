@@ -110,8 +110,10 @@ func TestGuestCPUIDOfHost(t *testing.T) {
 	must(t, err)
 	got, err := g.CPUID()
 	must(t, err)
-	if len(got) != len(want) {
-		t.Errorf("%d entries, %d were set", len(got), len(want))
+	for _, w := range want { // a host may leave out one that says nothing: AMX's without AMX
+		if _, ok := find(got, w.Function, w.Index); !ok && w.Eax|w.Ebx|w.Ecx|w.Edx != 0 {
+			t.Errorf("%#x was set and is not there", w)
+		}
 	}
 	for _, leaf := range []uint32{0xb, 0x40000000, 0x40000001} {
 		w, _ := find(want, leaf, 0)
