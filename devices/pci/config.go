@@ -71,6 +71,7 @@ type Config struct {
 	backed  []backing
 	writes  []hook
 	resets  []func()
+	msix    *MSIX
 	pcie    int // offset of the PCI Express capability, 0 without
 	nextCap int // first free offset of the capabilities
 	lastCap int // offset of the pointer to fill in for the next one
@@ -85,6 +86,7 @@ type Config struct {
 	initial [configSize]byte // power-on values of what the masks let the guest change
 	wmask   [configSize]byte
 	w1c     [configSize]byte
+	dmask   [configSize]byte // what the device itself has changed
 }
 
 // place is where a function sits.
@@ -313,6 +315,7 @@ func (c *Config) PutUint16(off int, v uint16) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	le.PutUint16(c.data[off:], v)
+	le.PutUint16(c.dmask[off:], 0xffff)
 }
 
 // PutUint32 sets the register at off from the device's side: no masks, no hooks.
@@ -320,6 +323,7 @@ func (c *Config) PutUint32(off int, v uint32) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	le.PutUint32(c.data[off:], v)
+	le.PutUint32(c.dmask[off:], 0xffff_ffff)
 }
 
 // update16 replaces the bits of mask in the register at off by those of v, and returns
@@ -329,6 +333,7 @@ func (c *Config) update16(off int, mask, v uint16) (was uint16) {
 	defer c.mu.Unlock()
 	old := le.Uint16(c.data[off:])
 	le.PutUint16(c.data[off:], old&^mask|v&mask)
+	le.PutUint16(c.dmask[off:], le.Uint16(c.dmask[off:])|mask)
 	return old & mask
 }
 

@@ -77,6 +77,7 @@ func AddMSIX(c *Config, barIndex int, table, pba uint32, n int, src devices.Vect
 	m.clear()
 	c.OnWrite(m.off+msixControl, 2, func() { m.program(0, n) })
 	c.resets = append(c.resets, func() { m.clear(); m.program(0, n) })
+	c.msix = m
 	return m, nil
 }
 
@@ -165,6 +166,13 @@ func (m *MSIX) clear() {
 
 // program tells vectors [from, to) what the registers say.
 func (m *MSIX) program(from, to int) {
+	if at, err := m.c.at.Load(), m.apply(from, to); at != nil && err != nil {
+		at.report(err)
+	}
+}
+
+// apply is program for who wants the error.
+func (m *MSIX) apply(from, to int) error {
 	var changed []int
 	var errs []error
 	m.mu.Lock()
@@ -181,12 +189,13 @@ func (m *MSIX) program(from, to int) {
 		changed = append(changed, i)
 	}
 	m.mu.Unlock()
-	if at, err := m.c.at.Load(), errors.Join(errs...); at != nil && err != nil {
-		at.report(fmt.Errorf("program MSI-X vectors: %w", err))
-	}
 	if m.onChange != nil {
 		for _, i := range changed {
 			m.onChange(i)
 		}
 	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("program MSI-X vectors: %w", err)
+	}
+	return nil
 }

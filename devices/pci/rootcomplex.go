@@ -26,7 +26,8 @@ type RootComplex struct {
 	log    *slog.Logger
 	root   *Bus
 
-	mu sync.Mutex // the tree, and what is mapped
+	mu      sync.Mutex // the tree, and what is mapped
+	loading bool       // conflicts are not reported
 }
 
 // NewRootComplex returns a root complex whose bus pcie.0 has a host bridge at 00.0. BARs
@@ -181,7 +182,7 @@ func (rc *RootComplex) decode() {
 	// The second pass is for what only fits once another one has moved away.
 	for pass := range 2 {
 		for _, t := range targets {
-			if err := rc.remap(t.bar, t.base); err != nil && pass == 1 {
+			if err := rc.remap(t.bar, t.base); err != nil && pass == 1 && !rc.loading {
 				t.c.at.Load().report(err)
 			}
 		}

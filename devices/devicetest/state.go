@@ -1,0 +1,142 @@
+// Package devicetest is the contract that every device with saved state has to meet.
+package devicetest
+
+import (
+	"bytes"
+	"errors"
+	"strings"
+	"testing"
+
+	"baton/devices"
+)
+
+// State checks a kind of device. Make returns one as after its reset, each time the same;
+// mutate has it differ from that in all that its state tells, as a guest would do it.
+func State(t *testing.T, make func(testing.TB) devices.Stater, mutate func(testing.TB, devices.Stater)) {
+	t.Helper()
+	info := make(t).StateInfo()
+	quiesce := func(t *testing.T, d devices.Stater, on bool) {
+		t.Helper()
+		q, ok := d.(devices.Quiescer)
+		if !ok {
+			return
+		}
+		f := q.Unquiesce
+		if on {
+			f = q.Quiesce
+		}
+		if err := f(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	save := func(t *testing.T, d devices.Stater) []byte {
+		t.Helper()
+		data, err := d.SaveState()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return data
+	}
+	made := func(t *testing.T) devices.Stater {
+		d := make(t)
+		quiesce(t, d, true)
+		return d
+	}
+	mutated := func(t *testing.T) []byte {
+		d := make(t)
+		mutate(t, d)
+		quiesce(t, d, true)
+		return save(t, d)
+	}
+	t.Run("state/info", func(t *testing.T) {
+		if info.ID == "" || info.Type == "" || strings.Contains(info.ID, "nowhere") {
+			t.Errorf("the section is %q of type %q", info.ID, info.Type)
+		}
+		if info.Version < 1 || info.MinVersion < 1 || info.MinVersion > info.Version {
+			t.Errorf("format %d, from %d on", info.Version, info.MinVersion)
+		}
+	})
+	t.Run("state/round trip", func(t *testing.T) {
+		d := make(t)
+		quiesce(t, d, true)
+		fresh := save(t, d)
+		quiesce(t, d, false)
+		mutate(t, d)
+		quiesce(t, d, true)
+		data := save(t, d)
+		if bytes.Equal(fresh, data) {
+			t.Error("what the guest did is not in the state")
+		}
+		if again := save(t, d); !bytes.Equal(data, again) {
+			t.Errorf("saving changes the state\n% x\n% x", data, again)
+		}
+		other := made(t)
+		if err := other.LoadState(info.Version, data); err != nil {
+			t.Fatal(err)
+		}
+		if again := save(t, other); !bytes.Equal(data, again) {
+			t.Errorf("loaded, the state is another one\n% x\n% x", data, again)
+		}
+		quiesce(t, other, false)
+		quiesce(t, other, true)
+		quiesce(t, other, true) // twice is once
+		quiesce(t, other, false)
+		quiesce(t, other, false)
+		quiesce(t, d, false) // the source goes on as well
+	})
+	t.Run("state/fresh", func(t *testing.T) {
+		d := made(t)
+		data := save(t, d)
+		other := made(t)
+		if err := other.LoadState(info.Version, data); err != nil {
+			t.Fatal(err)
+		}
+		if again := save(t, other); !bytes.Equal(data, again) {
+			t.Errorf("loaded, the state is another one\n% x\n% x", data, again)
+		}
+	})
+	t.Run("state/versions", func(t *testing.T) {
+		data := mutated(t)
+		for _, v := range []uint16{info.Version + 1, info.MinVersion - 1, 0xffff} {
+			refused(t, info, made(t).LoadState(v, data))
+		}
+	})
+	t.Run("state/truncated", func(t *testing.T) {
+		data := mutated(t)
+		for n := 0; n < len(data); n += 1 + n/64 {
+			refused(t, info, made(t).LoadState(info.Version, data[:n]))
+		}
+		refused(t, info, made(t).LoadState(info.Version, append(bytes.Clone(data), 0)))
+	})
+	// Whatever comes, there is an error or a device that works; neither a panic nor a hang.
+	t.Run("state/hostile", func(t *testing.T) {
+		data := mutated(t)
+		for i := 0; i < len(data); i += 1 + i/64 {
+			for _, flip := range []byte{0x01, 0x80, 0xff} {
+				bad := bytes.Clone(data)
+				bad[i] ^= flip
+				d := made(t)
+				if err := d.LoadState(info.Version, bad); err != nil {
+					refused(t, info, err)
+					continue
+				}
+				if q, ok := d.(devices.Quiescer); ok && q.Unquiesce() == nil {
+					quiesce(t, d, true)
+				}
+				save(t, d)
+			}
+		}
+	})
+}
+
+// refused checks that a section was refused with an error that says which one.
+func refused(t *testing.T, info devices.StateInfo, err error) {
+	t.Helper()
+	var e *devices.StateError
+	switch {
+	case err == nil:
+		t.Error("a bad section was loaded")
+	case !errors.As(err, &e) || e.Info.ID != info.ID:
+		t.Errorf("the error does not name %s: %v", info, err)
+	}
+}

@@ -1,0 +1,156 @@
+package pci
+
+import (
+	"testing"
+
+	"baton/devices"
+	"baton/devices/devicetest"
+)
+
+// saved is an endpoint with a state.
+type saved struct{ *fakeFunction }
+
+func (s saved) StateInfo() devices.StateInfo { return s.c.StateInfo("fake") }
+func (s saved) SaveState() ([]byte, error)   { return devices.EncodeState(bareState{s.c.SaveState()}) }
+func (s saved) LoadState(version uint16, data []byte) error {
+	return loadBare(s.c, s.StateInfo(), version, data)
+}
+
+// withPort is a machine with an endpoint on the root bus and one behind a port, as firmware
+// leaves it.
+func withPort(t testing.TB) (*machine, saved, saved) {
+	m := newMachine(t, testLayout)
+	root, behind := saved{newFunction(t, "root", 64*kib)}, saved{newFunction(t, "behind", 64*kib)}
+	add(t, m.Root(), 2, 0, root)
+	p := m.addPort(t, 3, 0, RootPortConfig{ID: "rp", Chassis: 1})
+	add(t, p.Secondary(), 0, 0, behind)
+	m.assign(t)
+	return m, root, behind
+}
+
+func TestStateContract(t *testing.T) {
+	make := func(t testing.TB) devices.Stater { _, f, _ := withPort(t); return f }
+	devicetest.State(t, make, func(_ testing.TB, d devices.Stater) {
+		f := d.(saved)
+		f.c.Write(regCommand, []byte{commandMemory | commandMaster, 4})
+		f.c.Write(regBAR+16, le.AppendUint32(nil, 0xd000_0000))
+		f.c.Write(uint64(f.msix.off+msixControl), []byte{0, msixEnable >> 8})
+		f.msix.Write(16, []byte{1, 2, 3, 4, 5, 6, 7, 8})
+		f.msix.Write(24, []byte{9, 8, 7, 6, 1, 0, 0, 0})
+		f.msix.Signal(1)
+	})
+}
+
+func TestPaths(t *testing.T) {
+	m, _, _ := withPort(t)
+	var ids []string
+	all, not := m.Staters()
+	for _, s := range all {
+		ids = append(ids, s.StateInfo().ID)
+	}
+	want := []string{"pci/0000:00:00.0", "pci/0000:00:02.0", "pci/0000:00:03.0", "pci/0000:00:03.0/00.0"}
+	if len(ids) != len(want) || len(not) != 0 {
+		t.Fatalf("sections %q, not %v", ids, not)
+	}
+	for i := range want {
+		if ids[i] != want[i] {
+			t.Errorf("section %d: %s, want %s", i, ids[i], want[i])
+		}
+	}
+	plain := newFunction(t, "plain", 0)
+	add(t, m.Root(), 4, 0, plain)
+	if _, not := m.Staters(); len(not) != 1 || not[0] != Function(plain) {
+		t.Errorf("without state: %v", not)
+	}
+}
+
+// What the guest has set up is in effect on the other side: bus numbers, windows, BARs that
+// have changed places, vectors and what is pending.
+func TestStateInEffect(t *testing.T) {
+	src, root, behind := withPort(t)
+	port := NewBDF(0, 3, 0)
+	src.write32(port, regPrimary, 0x00_09_09_00) // the guest has renumbered
+	b := behind.c.Uint32(regBAR + 16)
+	src.write32(NewBDF(0, 2, 0), regBAR+16, uint32(b)+1<<20)
+	src.write16(NewBDF(0, 2, 0), regCommand, commandMemory)
+	src.write16(NewBDF(9, 0, 0), regCommand, commandMemory)
+	src.write16(NewBDF(0, 2, 0), root.msix.off+msixControl, msixEnable)
+	root.msix.Write(0, le.AppendUint64(nil, 0xfee0_1000))
+	root.msix.Write(8, le.AppendUint64(nil, 0x41))
+	root.msix.Write(16, le.AppendUint64(nil, 0xfee0_2000))
+	root.msix.Write(24, le.AppendUint64(nil, 0x42|msixMasked<<32))
+	root.msix.Signal(1)
+
+	dst, root2, behind2 := withPort(t)
+	to, _ := dst.Staters()
+	from, _ := src.Staters()
+	for i, s := range from {
+		data, err := s.SaveState()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := to[i].LoadState(1, data); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, got := src.claims(), dst.claims()
+	if len(want) < 3 || len(got) != len(want) {
+		t.Errorf("claims %v, want %v", got, want)
+	}
+	for name, r := range want {
+		if got[name] != r {
+			t.Errorf("%s at %v, want %v", name, got[name], r)
+		}
+	}
+	if v := dst.read32(NewBDF(9, 0, 0), 0); v != behind2.c.Uint32(0) {
+		t.Errorf("bus 9 reads %#x", v)
+	}
+	v0, v1 := root2.msix.vectors[0].(*fakeVector), root2.msix.vectors[1].(*fakeVector)
+	if v0.masked || v0.msg != (devices.MSI{Addr: 0xfee0_1000, Data: 0x41}) || v0.raised != 0 {
+		t.Errorf("vector 0: %+v", v0)
+	}
+	if !v1.masked || !v1.waiting {
+		t.Errorf("vector 1: %+v", v1)
+	}
+	root2.msix.Write(28, []byte{0, 0, 0, 0})
+	if v1.raised != 1 {
+		t.Errorf("the pending interrupt is lost: %+v", v1)
+	}
+	if dst.logs.Len() != 0 {
+		t.Errorf("logged %s", dst.logs)
+	}
+}
+
+func TestStateOfAnotherDevice(t *testing.T) {
+	_, f, _ := withPort(t)
+	data, err := f.SaveState()
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := newMachine(t, testLayout)
+	other := saved{newFunctionHeader(t, Header{ID: "other", Multifunction: true}, 64*kib)}
+	add(t, m.Root(), 2, 0, other)
+	wantError(t, other.LoadState(1, data), "load pci/0000:00:02.0 (fake): Registers: byte 0xe ", "the same devices")
+	for _, s := range []ConfigState{
+		{Registers: make([]byte, configSize+1)},
+		{Registers: f.c.SaveState().Registers, Table: make([]byte, 16), Pending: make([]byte, 1)},
+		{Registers: f.c.SaveState().Registers, Table: make([]byte, 48), Pending: make([]byte, 2)},
+	} {
+		if err := f.c.LoadState(f.StateInfo(), s); err == nil {
+			t.Errorf("%d registers, table %d, pending %d: loaded", len(s.Registers), len(s.Table), len(s.Pending))
+		}
+	}
+}
+
+func TestPortState(t *testing.T) {
+	make := func(t testing.TB) devices.Stater {
+		m, _, behind := withPort(t)
+		_ = m
+		return behind.c.at.Load().bus.port
+	}
+	devicetest.State(t, make, func(_ testing.TB, d devices.Stater) {
+		p := d.(*RootPort)
+		p.c.Write(regPrimary, []byte{0, 7, 9})
+		p.c.Write(uint64(p.c.pcie+pcieSlotCtl), []byte{slotCtlPresenceEnable | slotCtlInterruptEnable, 0})
+	})
+}
