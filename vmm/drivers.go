@@ -56,6 +56,7 @@ var drivers = []driver{
 	{schema{name: "vfio-pci", help: "PCI function of the host, such as a VF", props: onPCI(
 		prop{name: "host", help: "its address there, 0000:01:10.0"},
 		prop{name: "sysfsdev", help: "its folder below /sys, in place of host="},
+		prop{name: "pool", help: "interface or address of a PF, in place of host=: any free VF of it"},
 		prop{name: "bind", kind: kindEnum, enum: []string{"off", "auto"}, def: "off", help: "auto: take it from its driver, and give it back at the end"},
 		prop{name: "rombar", kind: kindUint, max: 1, ignored: "no firmware would run the option ROM"},
 	)}, busPCI, ""},

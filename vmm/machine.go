@@ -37,7 +37,7 @@ type Machine struct {
 	pm     *chipset.PM
 	serial *chipset.Serial // COM1, may be nil
 	pci    *pci.RootComplex
-	vfio   *passthrough // nil without a vfio-pci
+	vfio   *passthrough
 	vcpus  []*vcpu
 	loaded *boot.Entry // the kernel is in RAM and has not run
 
@@ -134,6 +134,8 @@ func (m *Machine) buildCore(sys *kvm.System) (err error) {
 		}
 	}
 	m.irq = newIRQRouter(m.kvm)
+	m.vfio = newPassthrough(m.kvm, m.mem)
+	m.onClose(m.vfio.Close)
 	return nil
 }
 

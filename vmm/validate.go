@@ -316,8 +316,10 @@ func (c *Config) validateUses(p *problems) {
 			*p = append(*p, inObject(d.String(), row.missing(d.Props)))
 		}
 		if d.Driver == "vfio-pci" {
-			if bdf, err := d.hostFunction(); err != nil {
+			bdf, err := d.hostFunction()
+			if err != nil {
 				p.add(d.String(), "%w", err)
+			} else if bdf == "" { // any of a pool
 			} else if other := user["host"+bdf]; other != "" {
 				p.add(d.String(), "%s: %s has it", bdf, other)
 			} else {

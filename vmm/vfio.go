@@ -1,12 +1,16 @@
 package vmm
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"strings"
 	"sync"
 
 	"baton/devices/pci"
 	"baton/devices/vfio"
 	"baton/kvm"
+	"baton/kvm/guestmem"
 )
 
 // memorySlots hands out the KVM memory slots above those of RAM. It implements vfio.Slots.
@@ -43,29 +47,46 @@ func (s *memorySlots) Unmap(slot uint32) error {
 	return s.vm.RemoveMemory(slot)
 }
 
-// passthrough is what the functions of the host that a guest has share.
+// passthrough is what the functions of the host that a guest has share. Its methods may be
+// called from any goroutine.
 type passthrough struct {
+	vm    *kvm.VM
+	mem   *guestmem.Memory
+	slots memorySlots
+
+	mu        sync.Mutex
+	files     *kvm.VFIO
 	container *vfio.Container
-	slots     *memorySlots
 }
 
-// openPassthrough opens VFIO with the first device that needs it.
-func (m *Machine) openPassthrough() (*passthrough, error) {
-	if m.vfio != nil {
-		return m.vfio, nil
+func newPassthrough(vm *kvm.VM, mem *guestmem.Memory) *passthrough {
+	return &passthrough{vm: vm, mem: mem, slots: memorySlots{vm: vm, first: uint32(len(mem.Regions()))}}
+}
+
+// open opens VFIO with the first device that needs it.
+func (p *passthrough) open() (_ *vfio.Container, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.files == nil {
+		if p.files, err = p.vm.CreateVFIO(); err != nil {
+			return nil, err
+		}
 	}
-	files, err := m.kvm.CreateVFIO()
-	if err != nil {
-		return nil, err
+	if p.container == nil {
+		p.container, err = vfio.NewContainer(p.mem, p.files)
 	}
-	m.onClose(files.Close)
-	c, err := vfio.NewContainer(m.mem, files)
-	if err != nil {
-		return nil, err
+	return p.container, err
+}
+
+// Close gives back what is left when all devices are closed.
+func (p *passthrough) Close() (err error) {
+	if p.container != nil {
+		err = p.container.Close()
 	}
-	m.onClose(c.Close)
-	m.vfio = &passthrough{c, &memorySlots{vm: m.kvm, first: uint32(len(m.mem.Regions()))}}
-	return m.vfio, nil
+	if p.files != nil {
+		err = errors.Join(err, p.files.Close())
+	}
+	return err
 }
 
 // recoverBindings gives back what a baton that was killed has left bound to vfio-pci.
@@ -79,36 +100,96 @@ func (m *Machine) recoverBindings() {
 	}
 }
 
-// hostFunction is the address of a vfio-pci device on the host. One in sysfs is looked up.
-func (d *Device) hostFunction() (string, error) {
+// hostFunction is the address on the host of what a vfio-pci device names, "" for a pool. One
+// in sysfs is looked up.
+func (d *Device) hostFunction() (bdf string, err error) {
+	given := 0
+	for _, p := range []string{"host", "sysfsdev", "pool"} {
+		if d.Given(p) {
+			given++
+		}
+	}
 	switch {
-	case d.Given("host") == d.Given("sysfsdev"):
-		return "", fmt.Errorf("which function of the host? give it host=0000:01:10.0, or sysfsdev=PATH")
+	case given != 1:
+		return "", fmt.Errorf("which function of the host? give it one of host=0000:01:10.0, sysfsdev=PATH, and pool=PF for any free VF")
 	case d.Given("host"):
 		return vfio.ParseHost(d.Text("host"))
+	case d.Given("sysfsdev"):
+		return vfio.ParseSysfs(d.Text("sysfsdev"))
 	}
-	return vfio.ParseSysfs(d.Text("sysfsdev"))
+	return "", nil
 }
 
-func (b *builder) vfioPCI(d *Device) (pci.Function, error) {
-	fail := func(err error) (pci.Function, error) { return nil, fmt.Errorf("%s: %w", d, err) }
+// freeVFs are the VFs of pool= that nobody on the host is known to use, those first that need
+// no binding.
+func (d *Device) freeVFs() (bdfs []string, err error) {
+	list, err := vfio.VFs(d.Text("pool"))
+	if err != nil {
+		return nil, err
+	}
+	var others, used []string
+	for _, vf := range list {
+		switch {
+		case vf.Driver == vfio.Driver:
+			bdfs = append(bdfs, vf.BDF)
+		case vf.Up:
+			used = append(used, fmt.Sprintf("%s is the host's %s", vf.BDF, vf.Link))
+		case d.Text("bind") == "auto":
+			others = append(others, vf.BDF)
+		default:
+			used = append(used, fmt.Sprintf("%s has the driver %q (bind=auto would take it)", vf.BDF, vf.Driver))
+		}
+	}
+	if bdfs = append(bdfs, others...); bdfs == nil {
+		return nil, fmt.Errorf("pool=%s has no free VF: %s", d.Text("pool"), strings.Join(used, ", "))
+	}
+	return bdfs, nil
+}
+
+// reserve opens the function of the host that a vfio-pci device names: it is reset, has all of
+// the guest's RAM for its DMA, and is on no bus. It can be plugged at once, without anything
+// that takes long or can fail for the host's reasons; Close gives it back. Opening and closing
+// may take seconds, as RAM is pinned and unpinned, so a running machine does both outside its
+// main loop; any goroutine may. Ctx calls it off.
+func (m *Machine) reserve(ctx context.Context, d *Device) (*vfio.Function, error) {
+	fail := func(err error) (*vfio.Function, error) { return nil, fmt.Errorf("%s: %w", d, err) }
 	bdf, err := d.hostFunction()
+	bdfs := []string{bdf}
+	if bdf == "" && err == nil {
+		bdfs, err = d.freeVFs()
+	}
 	if err != nil {
 		return fail(err)
 	}
-	p, err := b.openPassthrough()
+	c, err := m.vfio.open()
 	if err != nil {
 		return fail(err)
 	}
-	dev, err := p.container.Open(bdf, d.Text("bind") == "auto")
+	var dev *vfio.Device
+	var errs []error
+	for _, bdf := range bdfs { // others may be faster
+		if dev, err = c.Open(ctx, bdf, d.Text("bind") == "auto"); err == nil || ctx.Err() != nil {
+			break
+		}
+		errs = append(errs, err)
+	}
 	if err != nil {
-		return fail(err)
+		return fail(errors.Join(append(errs, context.Cause(ctx))...))
 	}
 	return vfio.New(dev, vfio.Options{
 		ID:            d.String(),
 		Multifunction: d.Bool("multifunction"),
-		Slots:         p.slots,
-		Vectors:       b.irq,
-		Log:           b.log,
+		Slots:         &m.vfio.slots,
+		Vectors:       m.irq,
+		Log:           m.log,
 	})
+}
+
+// vfioPCI is reserve as a builder.
+func (b *builder) vfioPCI(d *Device) (pci.Function, error) {
+	f, err := b.reserve(b.ctx, d)
+	if err != nil {
+		return nil, err // not a nil *vfio.Function
+	}
+	return f, nil
 }

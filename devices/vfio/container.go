@@ -1,6 +1,7 @@
 package vfio
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"sync"
@@ -23,8 +24,10 @@ type Container struct {
 	files Files
 	fd    int
 
-	mu     sync.Mutex
-	groups map[string]*group
+	opening sync.Mutex // one device opens or closes at a time, which may take seconds
+	devices map[string]bool
+	mu      sync.Mutex // never held for long: a guest's reset needs it
+	groups  map[string]*group
 }
 
 type group struct {
@@ -49,7 +52,7 @@ func NewContainer(mem *guestmem.Memory, files Files) (*Container, error) {
 	default:
 		return nil, fmt.Errorf("open %s: %w", dev, err)
 	}
-	c := &Container{host: realHost, mem: mem, files: files, fd: fd, groups: map[string]*group{}}
+	c := &Container{host: realHost, mem: mem, files: files, fd: fd, groups: map[string]*group{}, devices: map[string]bool{}}
 	version, err := ioctlValue(fd, getAPIVersion, 0)
 	if err == nil && version != apiVersion {
 		err = fmt.Errorf("API version %d instead of %d", version, apiVersion)
@@ -85,12 +88,17 @@ func checkMemlock(size uint64) error {
 // Close gives back what the container holds. Its devices must be closed.
 func (c *Container) Close() error { return unix.Close(c.fd) }
 
-// Open opens a function (0000:00:00.0). With bind, one that has another driver is taken from
-// it, and given back when the device is closed.
-func (c *Container) Open(bdf string, bind bool) (_ *Device, err error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
+// Open opens a function (0000:00:00.0), resets it and gives it all of the guest's memory, which
+// takes as long as it takes to allocate and pin that, unless ctx ends. With bind, one that has
+// another driver is taken from it, and given back when the device is closed.
+func (c *Container) Open(ctx context.Context, bdf string, bind bool) (_ *Device, err error) {
+	c.opening.Lock()
+	defer c.opening.Unlock()
+	if c.devices[bdf] { // the kernel would open it once more
+		return nil, fmt.Errorf("open PCI function %s: this guest has it already", bdf)
+	}
 	d := &Device{c: c, bdf: bdf, fd: -1}
+	c.devices[bdf] = true
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("open PCI function %s: %w", bdf, err), d.close())
@@ -110,28 +118,29 @@ func (c *Container) Open(bdf string, bind bool) (_ *Device, err error) {
 	if err := c.host.viable(number, members); err != nil {
 		return nil, err
 	}
-	if err := c.join(number); err != nil {
+	g, err := c.join(ctx, number)
+	if err != nil {
 		return nil, fmt.Errorf("IOMMU group %s: %w", number, err)
 	}
 	d.group = number
-	c.groups[number].users++
-	return d, d.open(c.groups[number].fd)
+	g.users++
+	return d, d.open(g.fd)
 }
 
 // join opens a group and lets it see the guest's memory.
-func (c *Container) join(number string) error {
-	if c.groups[number] != nil {
-		return nil
+func (c *Container) join(ctx context.Context, number string) (*group, error) {
+	if g := c.groups[number]; g != nil { // only its opener changes the map: no lock to read it
+		return g, nil
 	}
 	fd, err := unix.Open("/dev/vfio/"+number, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	switch err {
 	case nil:
 	case unix.EBUSY:
-		return fmt.Errorf("%w\nanother process has the group; fuser /dev/vfio/%s names it", err, number)
+		return nil, fmt.Errorf("%w\nanother process has the group; fuser /dev/vfio/%s names it", err, number)
 	case unix.EACCES, unix.EPERM:
-		return fmt.Errorf("%w\nrun as root, or: chown $USER /dev/vfio/%s", err, number)
+		return nil, fmt.Errorf("%w\nrun as root, or: chown $USER /dev/vfio/%s", err, number)
 	default:
-		return err
+		return nil, err
 	}
 	status := groupStatus{argsz: 8}
 	if _, err = ioctl(fd, groupGetStatus, &status); err == nil && status.flags&groupViable == 0 {
@@ -142,32 +151,44 @@ func (c *Container) join(number string) error {
 		_, err = ioctl(fd, groupSet, &container)
 	}
 	if err != nil {
-		return errors.Join(err, unix.Close(fd))
+		return nil, errors.Join(err, unix.Close(fd))
 	}
 	if len(c.groups) == 0 {
-		err = c.mapMemory()
+		err = c.mapMemory(ctx)
 	}
 	if err == nil {
 		err = c.files.AddFile(fd)
 	}
 	if err != nil {
 		_, uerr := ioctlValue(fd, groupUnset, 0)
-		return errors.Join(err, uerr, unix.Close(fd))
+		return nil, errors.Join(err, uerr, unix.Close(fd))
 	}
-	c.groups[number] = &group{fd: fd}
-	return nil
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	g := &group{fd: fd}
+	c.groups[number] = g
+	return g, nil
 }
 
+// mapStep is how much is mapped at once: what has begun cannot be called off.
+const mapStep = 1 << 30
+
 // mapMemory gives the container its IOMMU, which it keeps until the last group has left.
-func (c *Container) mapMemory() error {
+func (c *Container) mapMemory(ctx context.Context) error {
 	if _, err := ioctlValue(c.fd, setIOMMU, type1v2); err != nil {
 		return fmt.Errorf("VFIO_SET_IOMMU: %w\nan IOMMU without interrupt remapping needs vfio_iommu_type1.allow_unsafe_interrupts=1", err)
 	}
 	for _, r := range c.mem.Regions() {
-		m := dmaMap{flags: dmaReadWrite, vaddr: address(r.Host), iova: r.GPA, size: r.Size}
-		m.argsz = sizeOf(&m)
-		if _, err := ioctl(c.fd, iommuMapDMA, &m); err != nil {
-			return fmt.Errorf("map guest memory %#x+%#x for DMA: %w", r.GPA, r.Size, err)
+		for off := uint64(0); off < r.Size; off += mapStep {
+			if err := context.Cause(ctx); err != nil {
+				return err
+			}
+			part := r.Host[off:min(off+mapStep, r.Size)]
+			m := dmaMap{flags: dmaReadWrite, vaddr: address(part), iova: r.GPA + off, size: uint64(len(part))}
+			m.argsz = sizeOf(&m)
+			if _, err := ioctl(c.fd, iommuMapDMA, &m); err != nil {
+				return fmt.Errorf("map guest memory %#x+%#x for DMA: %w", m.iova, m.size, err)
+			}
 		}
 	}
 	return nil
@@ -179,7 +200,9 @@ func (c *Container) leave(number string) error {
 	if g.users--; g.users > 0 {
 		return nil
 	}
+	c.mu.Lock()
 	delete(c.groups, number)
+	c.mu.Unlock()
 	err := c.files.RemoveFile(g.fd)
 	_, uerr := ioctlValue(g.fd, groupUnset, 0)
 	return errors.Join(err, uerr, unix.Close(g.fd))

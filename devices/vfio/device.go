@@ -15,6 +15,7 @@ var le = binary.LittleEndian
 
 // hardware is a function of the host as [Function] uses it.
 type hardware interface {
+	Host() string
 	// region describes one: 0 to 5 are the BARs, regionConfig the configuration space.
 	region(i int) (region, error)
 	read(i int, off uint64, p []byte) error
@@ -63,23 +64,27 @@ func (d *Device) open(group int) (err error) {
 	}
 	d.flags = info.flags
 	if !d.fresh() {
-		return d.resetLocked()
+		return d.reset()
 	}
 	return nil
 }
 
+// Host is the function's address on the host, 0000:00:00.0.
+func (d *Device) Host() string { return d.bdf }
+
 // Close gives the function back to the kernel, which resets it, and to the driver that it
 // was taken from.
 func (d *Device) Close() error {
-	d.c.mu.Lock()
-	defer d.c.mu.Unlock()
+	d.c.opening.Lock()
+	defer d.c.opening.Unlock()
 	return d.close()
 }
 
 func (d *Device) close() (err error) {
+	delete(d.c.devices, d.bdf)
 	if d.fd >= 0 {
 		if !d.fresh() {
-			err = d.resetLocked() // the kernel cannot do it alone
+			err = d.reset() // the kernel cannot do it alone
 		}
 		err = errors.Join(err, unix.Close(d.fd))
 	}
@@ -174,12 +179,6 @@ func (d *Device) fresh() bool { return d.flags&canReset != 0 }
 // to itself, as the kernel decides; and else its bus with all that is on it, which must be
 // in groups of this container.
 func (d *Device) reset() error {
-	d.c.mu.Lock()
-	defer d.c.mu.Unlock()
-	return d.resetLocked()
-}
-
-func (d *Device) resetLocked() error {
 	if d.fresh() {
 		if _, err := ioctlValue(d.fd, deviceReset, 0); err != nil {
 			return fmt.Errorf("reset %s: %w", d.bdf, err)
@@ -192,6 +191,8 @@ func (d *Device) resetLocked() error {
 		return fmt.Errorf("reset %s: there is no way to (neither FLR nor power management, and not its bus): %w", d.bdf, err)
 	}
 	var groups hotResetGroups
+	d.c.mu.Lock()
+	defer d.c.mu.Unlock()
 	for _, p := range peers.devices[:min(peers.count, maxResetPeers)] {
 		g := d.c.groups[fmt.Sprint(p.group)]
 		if g == nil {

@@ -68,6 +68,7 @@ func (h *fakeHW) setIRQs(index uint32, fds []int32) error {
 	return nil
 }
 
+func (h *fakeHW) Host() string { return vf }
 func (h *fakeHW) fresh() bool  { return !h.noFresh }
 func (h *fakeHW) reset() error { h.log = append(h.log, "reset"); return nil }
 func (h *fakeHW) Close() error { h.closed = true; return nil }

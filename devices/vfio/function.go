@@ -295,6 +295,9 @@ func (f *Function) warn(err error) {
 	}
 }
 
+// Host is the function's address on the host, 0000:00:00.0.
+func (f *Function) Host() string { return f.hw.Host() }
+
 // Config implements [pci.Function].
 func (f *Function) Config() *pci.Config { return f.c }
 

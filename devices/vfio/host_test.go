@@ -2,8 +2,10 @@ package vfio
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -130,8 +132,8 @@ func TestBind(t *testing.T) {
 		if done, err := h.recover(); done != nil || err != nil {
 			t.Errorf("recovered %v (%v), which somebody has", done, err)
 		}
-		if _, err := h.bind(vf); err != nil {
-			t.Errorf("bind what is bound: %v", err)
+		if _, err := h.bind(vf); err == nil || !strings.Contains(err.Error(), "another baton has it") {
+			t.Errorf("bind what another one will give back: %v", err)
 		}
 		must(t, b.restore())
 		override, _ := os.ReadFile(h.device(vf, "driver_override"))
@@ -179,5 +181,60 @@ func TestBindFails(t *testing.T) {
 	must(t, os.Remove(filepath.Join(h.sys, "bus/pci/drivers", Driver)))
 	if _, err := h.bind(vf); err == nil || !strings.Contains(err.Error(), "\nmodprobe vfio-pci") {
 		t.Errorf("without the module: %v", err)
+	}
+}
+
+// A function that somebody else has bound stays so.
+func TestBindBound(t *testing.T) {
+	h := newHost(t)
+	h.link(vf, Driver)
+	if b, err := h.bind(vf); b != nil || err != nil {
+		t.Errorf("%v, %v", b, err)
+	}
+}
+
+func TestVFs(t *testing.T) {
+	const pf = "0000:01:00.0"
+	h := newHost(t)
+	net := func(bdf, name, flags string) {
+		must(t, os.MkdirAll(h.device(bdf, "net", name), 0o755))
+		must(t, os.MkdirAll(filepath.Join(h.sys, "class/net", name), 0o755))
+		must(t, os.Symlink(h.device(bdf), filepath.Join(h.sys, "class/net", name, "device")))
+		must(t, os.WriteFile(filepath.Join(h.sys, "class/net", name, "flags"), []byte(flags+"\n"), 0o644))
+	}
+	must(t, os.MkdirAll(h.device(pf), 0o755))
+	if _, err := h.vfs(pf); err == nil || !strings.Contains(err.Error(), "there are none\necho N > ") {
+		t.Errorf("without VFs: %v", err)
+	}
+	for i, bdf := range []string{vf, other} {
+		must(t, os.Symlink("../"+bdf, h.device(pf, fmt.Sprintf("virtfn%d", i))))
+		must(t, os.Symlink("../"+pf, h.device(bdf, "physfn")))
+	}
+	if _, _, err := h.parent(other); err == nil || !strings.Contains(err.Error(), "has no interface") {
+		t.Errorf("PF without a driver: %v", err)
+	}
+	net(pf, "eth0", "0x1003")
+	net(vf, "eth1", "0x1003")
+	h.link(other, Driver)
+	want := []VF{{vf, 0, "igbvf", "eth1", true}, {other, 1, Driver, "", false}}
+	for _, name := range []string{pf, "01:00.0", "eth0"} {
+		if got, err := h.vfs(name); !slices.Equal(got, want) || err != nil {
+			t.Errorf("VFs of %s: %v, %v", name, got, err)
+		}
+	}
+	must(t, os.WriteFile(filepath.Join(h.sys, "class/net/eth1/flags"), []byte("0x1002\n"), 0o644))
+	if got, err := h.vfs("eth0"); err != nil || got[0].Up {
+		t.Errorf("one that is down: %v, %v", got, err)
+	}
+	if link, i, err := h.parent(other); link != "eth0" || i != 1 || err != nil {
+		t.Errorf("parent: %s, %d, %v", link, i, err)
+	}
+	for _, bad := range []string{"", "eth9", "../net/eth0", "0000:09:00.0"} {
+		if got, err := h.vfs(bad); err == nil {
+			t.Errorf("VFs of %q: %v", bad, got)
+		}
+	}
+	if _, _, err := h.parent(pf); err == nil {
+		t.Error("the PF is a VF")
 	}
 }

@@ -111,7 +111,7 @@ type binding struct {
 func (h host) bind(bdf string) (*binding, error) {
 	was := h.driver(bdf)
 	if was == Driver {
-		return nil, nil
+		return nil, h.unowned(bdf)
 	}
 	if _, err := os.Stat(filepath.Join(h.sys, "bus/pci/drivers", Driver)); err != nil {
 		return nil, fmt.Errorf("bind it to %s: the driver is not there\nmodprobe %[1]s", Driver)
@@ -137,6 +137,20 @@ func (h host) bind(bdf string) (*binding, error) {
 		return nil, errors.Join(fmt.Errorf("bind it to %s: %w", Driver, err), b.restore())
 	}
 	return b, nil
+}
+
+// unowned fails if somebody has bound the function and is going to give it back, which the
+// kernel would put off until this process has closed it.
+func (h host) unowned(bdf string) error {
+	f, err := os.Open(filepath.Join(h.state, bdf))
+	if err != nil {
+		return nil // nobody
+	}
+	defer f.Close()
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB); err != nil {
+		return fmt.Errorf("another baton has it: lock %s: %w", f.Name(), err)
+	}
+	return nil
 }
 
 // restore gives the function back to the driver that had it. One that is gone, as VFs may
