@@ -16,6 +16,7 @@ import (
 	"baton/vmm/client"
 
 	"golang.org/x/sys/unix"
+	"golang.org/x/term"
 )
 
 func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
@@ -38,6 +39,8 @@ func run(args []string, stdout, stderr io.Writer) int {
 		_, err = io.WriteString(stdout, vmm.BashCompletion())
 	case "events":
 		err = events(args, stdout)
+	case "migrate":
+		err = migrate(args, stdout)
 	case "monitor":
 		err = monitor(args, stdout)
 	case "version", "help":
@@ -51,7 +54,10 @@ func run(args []string, stdout, stderr io.Writer) int {
 	for _, e := range vmm.Errors(err) {
 		fmt.Fprintf(stderr, "baton: %s\n", strings.ReplaceAll(e.Error(), "\n", "\n       "))
 	}
-	if err != nil {
+	switch {
+	case errors.Is(err, client.ErrCancelled):
+		return 130 // 128 and SIGINT, as shells have it
+	case err != nil:
 		return 1
 	}
 	return 0
@@ -89,6 +95,18 @@ func untilSignal() (ctx context.Context, stop func()) {
 	ctx, stop = signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
 	context.AfterFunc(ctx, stop)
 	return ctx, stop
+}
+
+// migrate is `baton migrate`.
+func migrate(args []string, stdout io.Writer) error {
+	if len(args) < 2 || strings.HasPrefix(args[0], "-") {
+		return errors.New("migrate: what, and where to?\nusage: baton migrate SOCKET URI [NAME=VALUE...]; SOCKET is that of -qmp, " +
+			"URI what -incoming says there, such as tcp:HOST:PORT\nNAME=VALUE are parameters and capabilities, such as max-bandwidth=1G or multifd=on")
+	}
+	ctx, stop := untilSignal()
+	defer stop()
+	out, ok := stdout.(*os.File)
+	return client.Migrate(ctx, args[0], args[1], args[2:], stdout, ok && term.IsTerminal(int(out.Fd())))
 }
 
 // monitor is `baton monitor`.

@@ -25,6 +25,7 @@ usage: baton [run] [OPTION...] [IMAGE]   start a machine; IMAGE is a raw disk
        baton completion bash             a script: eval "$(baton completion bash)"
        baton events [-json] SOCKET|FILE  what happens to a machine; SOCKET is -qmp's, FILE -event-log's
        baton help
+       baton migrate SOCKET URI [NAME=VALUE...]   move a guest; SOCKET is its -qmp's, URI -incoming's there
        baton monitor SOCKET [COMMAND...] talk to a machine by its -qmp socket: HMP, or QMP in braces
        baton version
 
@@ -43,9 +44,12 @@ Examples:
   baton -m 1G -kernel vmlinuz -daemonize -serial file:serial.log -qmp unix:qmp,server,nowait
   baton monitor qmp info status
   baton monitor qmp '{"execute":"query-rx-filter"}'
+  baton -m 1G -incoming tcp:0.0.0.0:4444 -qmp unix:qmp2,server,nowait disk.raw
+  baton migrate qmp tcp:192.0.2.7:4444 max-bandwidth=1G multifd=on
 
 Exit status: 0 the guest turned itself off, or baton was told to end; 1 bad options, a
-host that cannot do what they ask, or a guest that crashed.
+host that cannot do what they ask, or a guest that crashed; 130 Ctrl-C cancelled a
+migration.
 `
 
 // Help is the text of `baton help`.
