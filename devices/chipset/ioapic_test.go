@@ -26,7 +26,7 @@ func (l *lapics) SignalMSI(m devices.MSI) error {
 
 type ioapic struct {
 	*IOAPIC
-	t   *testing.T
+	t   testing.TB
 	cpu *lapics
 }
 

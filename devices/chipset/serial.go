@@ -63,7 +63,8 @@ var triggerLevels = [4]int{1, 4, 8, 14}
 
 // Serial is a 16550A UART. The transmitter is infinitely fast: a byte has reached the
 // backend when the guest's write ends. The receiver takes a byte from the backend only
-// when it has room for it, so input is never lost to an overrun.
+// when it has room for it, so input is never lost to an overrun. In loopback the receiver is
+// cut off from its input.
 //
 // The modem's lines always say that the peer is there and ready, hence no modem status
 // interrupt. OUT2 does not gate the interrupt, as small guests never set it.
@@ -73,7 +74,7 @@ type Serial struct {
 	done    chan struct{} // closed when the receiver has ended
 
 	mu       sync.Mutex
-	room     sync.Cond // the receiver may take a byte, or shall end
+	room     sync.Cond // input has become empty, or the receiver shall end
 	closed   bool
 	dll, dlm byte
 	ier, fcr byte
@@ -84,6 +85,8 @@ type Serial struct {
 	rx       [fifoSize]byte
 	n        int // bytes in rx
 	tx       [1]byte
+	input    []byte // from the backend, for which rx had no room yet
+	stopped  bool   // Quiesce: rx takes nothing
 }
 
 // NewSerial returns a port after reset and starts its receiver. The port owns the backend,
@@ -114,8 +117,8 @@ func (s *Serial) Reset() {
 	defer s.mu.Unlock()
 	s.dll, s.dlm, s.ier, s.fcr, s.lcr, s.mcr, s.scr = 1, 0, 0, 0, 0, 0, 0
 	s.overrun, s.thre = false, false
-	s.flush()
-	s.update()
+	s.n = 0
+	s.fill()
 }
 
 // Read implements devices.BusDevice.
@@ -123,7 +126,7 @@ func (s *Serial) Read(off uint64, p []byte) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	readBytes(off, p, s.read)
-	s.update()
+	s.fill()
 }
 
 // Write implements devices.BusDevice.
@@ -131,7 +134,7 @@ func (s *Serial) Write(off uint64, p []byte) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	writeBytes(off, p, s.write)
-	s.update()
+	s.fill()
 }
 
 func (s *Serial) read(reg uint64) byte {
@@ -197,14 +200,13 @@ func (s *Serial) write(reg uint64, v byte) {
 			v = 0 // 8.5: the other bits are programmed only together with this one
 		}
 		if (v^s.fcr)&fcrEnable != 0 || v&fcrClearRx != 0 {
-			s.flush()
+			s.n = 0
 		}
 		s.fcr = v & (fcrEnable | fcrTrigger)
 	case reg == regLCR:
 		s.lcr = v
 	case reg == regMCR:
 		s.mcr = v & mcrMask
-		s.room.Broadcast()
 	case reg == regSCR:
 		s.scr = v
 	}
@@ -227,10 +229,13 @@ func (s *Serial) transmit(v byte) {
 	s.thre = true
 }
 
+// maxInput is how much is read from the backend at a time.
+const maxInput = 256
+
 // receive moves input from the backend to the FIFO until the backend ends.
 func (s *Serial) receive() {
 	defer close(s.done)
-	buf := make([]byte, 256)
+	buf := make([]byte, maxInput)
 	for {
 		n, err := s.backend.Read(buf)
 		if !s.feed(buf[:n]) || err != nil {
@@ -239,22 +244,36 @@ func (s *Serial) receive() {
 	}
 }
 
-// feed waits for room for each byte; it says no once the port is closed. In loopback the
-// receiver is cut off from its input.
+// feed waits until all of p has found room in the FIFO; it says no once the port is closed.
+// What was there before, a saved state's, goes first.
 func (s *Serial) feed(p []byte) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, v := range p {
-		for !s.closed && (s.mcr&mcrLoop != 0 || s.n >= s.depth()) {
-			s.room.Wait()
-		}
-		if s.closed {
-			return false
-		}
-		s.push(v)
-		s.update()
+	if !s.empty() {
+		return false
 	}
-	return true
+	s.input = p
+	s.fill()
+	return s.empty()
+}
+
+// empty waits until there is no input left; it says no once the port is closed.
+func (s *Serial) empty() bool {
+	for !s.closed && len(s.input) > 0 {
+		s.room.Wait()
+	}
+	return !s.closed
+}
+
+// fill moves input to the FIFO, as far as there is room, and brings the line up to date.
+func (s *Serial) fill() {
+	for len(s.input) > 0 && !s.stopped && s.mcr&mcrLoop == 0 && s.n < s.depth() {
+		s.push(s.input[0])
+		if s.input = s.input[1:]; len(s.input) == 0 {
+			s.room.Broadcast()
+		}
+	}
+	s.update()
 }
 
 // depth is how many bytes the receiver holds: without its FIFO there is just RBR.
@@ -277,13 +296,7 @@ func (s *Serial) pop() byte {
 	v := s.rx[0]
 	copy(s.rx[:], s.rx[1:s.n])
 	s.n--
-	s.room.Broadcast()
 	return v
-}
-
-func (s *Serial) flush() {
-	s.n = 0
-	s.room.Broadcast()
 }
 
 // modem is MSR. In loopback the four inputs are MCR's outputs (8.7): Linux knows a UART

@@ -49,12 +49,12 @@ func (c *cable) Write(p []byte) (int, error) { return c.out.Write(p) }
 
 type uart struct {
 	*Serial
-	t    *testing.T
+	t    testing.TB
 	irq  *wire
 	host *cable
 }
 
-func newUART(t *testing.T) *uart {
+func newUART(t testing.TB) *uart {
 	r, w := io.Pipe()
 	u := &uart{t: t, irq: &wire{edge: make(chan struct{}, 64)}, host: &cable{PipeReader: r, in: w}}
 	u.Serial = NewSerial(u.irq, u.host)
