@@ -298,6 +298,13 @@ func (q *Queue) Notify() {
 	q.Interrupt()
 }
 
+// unnotified says whether chains were pushed since the last Notify.
+func (q *Queue) unnotified() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.notified != q.usedIdx
+}
+
 // EnableKicks asks the driver to signal Kick for the next buffer (2.7.10), and says whether
 // there are buffers already, for which no signal will come.
 func (q *Queue) EnableKicks() (more bool) {

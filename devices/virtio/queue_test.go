@@ -334,12 +334,15 @@ func TestEnableKicks(t *testing.T) {
 // kick or interrupt and it hangs.
 func TestWorker(t *testing.T) {
 	for _, f := range featureSets {
-		for _, depth := range []int{1, 2, 7} {
+		for _, depth := range []int{1, 2, 7, 8} {
 			t.Run(fmt.Sprintf("%#x depth %d", f, depth), func(t *testing.T) {
 				d := virtiotest.NewDriver(t, nil, f)
 				r := d.NewRing(0, 16)
 				fail := func(err error) { d.Failures <- err }
 				w := r.Go(fail, func(w *virtio.Worker) {
+					if depth%2 == 0 {
+						w.Gather()
+					}
 					for c := w.Next(); c != nil; c = w.Next() {
 						var p [8]byte
 						c.Read(p[:])

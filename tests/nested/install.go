@@ -33,6 +33,11 @@ func program(name string) func() bool {
 	}
 }
 
+func goQEMU() bool {
+	_, err := os.Stat("/usr/share/gocode/src/github.com/digitalocean/go-qemu/go.mod")
+	return err == nil
+}
+
 // needs lists what the release with the given codename has to install.
 func needs(codename string) []need {
 	kernelPkg := "linux-image-amd64"
@@ -51,6 +56,8 @@ func needs(codename string) []need {
 		{"ethtool", program("ethtool")},
 		{"acpica-tools", program("iasl")},
 		{"inetutils-telnet", program("telnet")},
+		{"golang-github-digitalocean-go-qemu-dev", goQEMU}, // the suite of monitors
+		{"python3", program("python3")},                    // QEMU's qmp-shell
 	}
 }
 
@@ -81,7 +88,14 @@ func haveKernel() bool {
 
 // install makes sure that everything needed is there. It installs what is missing when it
 // may and names it when it may not.
-func install(ctx context.Context) error {
+func (e env) install(ctx context.Context) error {
+	if err := installPackages(ctx); err != nil {
+		return err
+	}
+	return e.installQMPShell(ctx)
+}
+
+func installPackages(ctx context.Context) error {
 	codename := osRelease("VERSION_CODENAME")
 	var missing []string
 	for _, n := range needs(codename) {

@@ -85,7 +85,7 @@ func command(ctx context.Context, args []string) (int, error) {
 	case "local":
 		return e.runLocal(ctx, o, fs.Args())
 	case "install":
-		return 0, install(ctx)
+		return 0, e.install(ctx)
 	}
 	fs.Usage()
 	return 2, fmt.Errorf("unknown command %q", name)
@@ -122,7 +122,7 @@ func (e env) runDir(out string) (string, error) {
 // start brings up a nested host, installing what it takes, with its logs in out. The
 // caller closes it and removes its folder m.out.
 func (e env) start(ctx context.Context, tty bool, out string) (*machine, error) {
-	if err := install(ctx); err != nil {
+	if err := e.install(ctx); err != nil {
 		return nil, err
 	}
 	c := machineConfig{kernel: findKernel("/"), accel: chooseAccel(), tty: tty, memory: maxMemory}

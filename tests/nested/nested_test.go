@@ -202,6 +202,29 @@ func events(list ...string) *bytes.Buffer {
 	return &b
 }
 
+func TestSourcePackage(t *testing.T) {
+	const targets = `http://mirror/debian/ bookworm-backports main Debian Backports
+http://mirror/debian/ bookworm main Debian
+http://mirror/debian/ bookworm contrib Debian
+https://example.com/apt stable main Example
+`
+	const keys = "deb-src [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://mirror/debian/ "
+	if got, want := sourceEntries(targets), keys+"bookworm-backports main\n"+keys+"bookworm main\n"; got != want {
+		t.Errorf("entries\n%s, want\n%s", got, want)
+	}
+	const uris = `Need to get 39.6 MB of source archives.
+'http://mirror/q/qemu_10.0.2.dsc' qemu_10.0.2.dsc 11887 SHA256:a9
+'http://mirror/q/qemu_10.0.2%2bds.orig.tar.xz' qemu_10.0.2+ds.orig.tar.xz 39449628 SHA256:09
+'http://mirror/q/qemu_10.0.2.debian.tar.xz' qemu_10.0.2.debian.tar.xz 139220 SHA256:dd
+`
+	if uri, hash := originalTar(uris); uri != "http://mirror/q/qemu_10.0.2%2bds.orig.tar.xz" || hash != "SHA256:09" {
+		t.Errorf("%s %s", uri, hash)
+	}
+	if uri, _ := originalTar("nothing"); uri != "" {
+		t.Errorf("found %s", uri)
+	}
+}
+
 func TestReport(t *testing.T) {
 	for _, tt := range []struct {
 		name   string

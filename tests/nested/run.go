@@ -77,7 +77,15 @@ func (e env) runSuites(ctx context.Context, o runOptions, patterns []string) (in
 		return 1, err
 	}
 	if os.Getenv("BATON_TEST") == "host" {
+		if goQEMU() {
+			if err := e.buildClients(ctx); err != nil {
+				return 1, err
+			}
+		}
 		return e.runOnHost(ctx, o, suites, baton)
+	}
+	if err := errors.Join(e.install(ctx), e.buildClients(ctx)); err != nil {
+		return 1, err
 	}
 	bin := filepath.Join(e.cache, "suites")
 	if err := os.RemoveAll(bin); err != nil {
@@ -174,6 +182,11 @@ func (e env) baton(ctx context.Context) (string, error) {
 	}
 	bin := filepath.Join(e.cache, "baton")
 	return bin, e.build(ctx, "build", "-o", bin, ".")
+}
+
+// buildClients builds the clients that suites bring along, as .cache/bin/NAME.
+func (e env) buildClients(ctx context.Context) error {
+	return e.build(ctx, "build", "-C", filepath.Join(e.repo, "tests", "suites", "control", "goqemu"), "-o", filepath.Join(e.cache, "bin", "goqemu"), ".")
 }
 
 func paths(suites []suite) (p []string) {

@@ -203,6 +203,7 @@ var errMalformed = errors.New("request without header or status")
 func (s *server) run(w *virtio.Worker) {
 	var waiting sync.WaitGroup
 	defer waiting.Wait()
+	w.Gather()
 	for c := w.Next(); c != nil; c = w.Next() {
 		r := request{chain: c}
 		var header [headerSize]byte

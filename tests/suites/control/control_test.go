@@ -42,40 +42,41 @@ const mac = "52:54:00:6f:55:cc"
 
 const buttons = `awk '/ACPI:Ged/ { n = 0; for (i = 2; i <= 4; i++) n += $i; print n }' /proc/interrupts`
 
-// telnet is a person at the program of that name.
-type telnet struct {
+// client is a program that someone sits at, or a script: lines in, lines out.
+type client struct {
 	*harness.Log
 	t  *testing.T
 	in *os.File
 }
 
-func dialTelnet(t *testing.T) *telnet {
+func talk(t *testing.T, name string, args ...string) *client {
 	t.Helper()
 	r, w, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &telnet{harness.NewLog(), t, w}
-	cmd := exec.Command("telnet", "127.0.0.1", "5555")
-	cmd.Stdin, cmd.Stdout = r, c
+	c := &client{harness.NewLog(), t, w}
+	cmd := exec.Command(name, args...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = r, c, c
+	cmd.Env = append(os.Environ(), "HOME="+t.TempDir()) // for their histories
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	r.Close()
-	go func() { c.Close(cmd.Wait()) }()
-	t.Cleanup(func() { w.Close(); cmd.Process.Kill() })
-	c.see(0, `\(qemu\) $`)
+	ended := make(chan struct{})
+	go func() { c.Close(cmd.Wait()); close(ended) }()
+	t.Cleanup(func() { w.Close(); cmd.Process.Kill(); <-ended })
 	return c
 }
 
-func (c *telnet) see(from int, pattern string) {
+func (c *client) see(from int, pattern string) {
 	c.t.Helper()
 	if _, err := c.Wait(harness.Context(c.t, limit), from, pattern); err != nil {
-		c.t.Fatalf("telnet: %v; it shows %q", err, c.String())
+		c.t.Fatalf("want %s: %v; it shows %q", pattern, err, c.String())
 	}
 }
 
-func (c *telnet) ask(line, pattern string) {
+func (c *client) ask(line, pattern string) {
 	c.t.Helper()
 	from := c.Len()
 	if _, err := c.in.WriteString(line + "\n"); err != nil {
@@ -126,7 +127,8 @@ func TestPatchSeries(t *testing.T) {
 	peer.Ping(ctx, "10.88.0.3")
 
 	q := harness.DialQMP(t, harness.Context(t, 3*limit), "/tmp/qmp.socket")
-	c := dialTelnet(t)
+	c := talk(t, "telnet", "127.0.0.1", "5555")
+	c.see(0, `\(qemu\) $`)
 	c.ask("info status", `VM status: running`)
 	c.ask("info network", `net1: type=nic,model=virtio-net-pci,macaddr=`+mac+`\n \\ hostnet1: type=tap,.*vhost=on`)
 	c.ask("info pci", `id "net1"\n(.*\n)*  Bus  0, device  10, function 0:\n(.*\n)*      id "root0"\n`)
