@@ -58,7 +58,7 @@ var drivers = []driver{
 		prop{name: "sysfsdev", help: "its folder below /sys, in place of host="},
 		prop{name: "pool", help: "interface or address of a PF, in place of host=: any free VF of it"},
 		prop{name: "bind", kind: kindEnum, enum: []string{"off", "auto"}, def: "off", help: "auto: take it from its driver, and give it back at the end"},
-		prop{name: "rombar", kind: kindUint, max: 1, ignored: "no firmware would run the option ROM"},
+		prop{name: "rombar", kind: kindUint, max: 1, def: uint64(1), help: "1: show the option ROM, if there is one"},
 	)}, busPCI, ""},
 }
 

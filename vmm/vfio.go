@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 
+	"baton/boot/acpi"
 	"baton/devices/pci"
 	"baton/devices/vfio"
 	"baton/kvm"
@@ -181,7 +182,11 @@ func (m *Machine) reserve(ctx context.Context, d *Device) (*vfio.Function, error
 		Multifunction: d.Bool("multifunction"),
 		Slots:         &m.vfio.slots,
 		Vectors:       m.irq,
-		Log:           m.log,
+		INTx: func(slot, pin int, ended func()) vfio.Line {
+			return m.ioapic.ResampleLine(acpi.INTx(slot, pin), ended)
+		},
+		ROM: d.Uint("rombar") == 1,
+		Log: m.log,
 	})
 }
 

@@ -23,7 +23,31 @@ func (c *Config) pci() []byte {
 		name("_SEG", integer(0)),
 		name("_BBN", integer(0)),
 		name("_CRS", resources(windows...)),
+		name("_PRT", routing()),
 		c.osc())
+}
+
+// Wired interrupts of PCI have the upper 8 of the IOAPIC's 24 pins.
+const (
+	firstINTx = 16
+	numINTx   = 8
+)
+
+// INTx is the GSI of the pin (1: INTA#) of the function in a slot of the root bus. What is
+// behind a root port has the port's slot: slot 0 there turns no pins (PCIe 2.2.8.1).
+func INTx(slot, pin int) int { return firstINTx + (slot+pin-1)%numINTx }
+
+// routing is the PCI routing table (ACPI 6.5, 6.2.13): for each slot, and any function, its
+// pins with their GSIs, which are level triggered and active low.
+func routing() []byte {
+	var entries [][]byte
+	for slot := range 32 {
+		for pin := 1; pin <= 4; pin++ {
+			entries = append(entries, packageOf(
+				integer(uint64(slot)<<16|0xffff), integer(uint64(pin-1)), integer(0), integer(uint64(INTx(slot, pin)))))
+		}
+	}
+	return packageOf(entries...)
 }
 
 // The control field and status bits of a root bridge's _OSC: PCI Firmware Specification

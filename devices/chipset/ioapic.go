@@ -2,6 +2,7 @@ package chipset
 
 import (
 	"encoding/binary"
+	"slices"
 	"sync"
 
 	"baton/devices"
@@ -55,6 +56,7 @@ type IOAPIC struct {
 type pin struct {
 	rte    uint64
 	active int // how many of its lines are high; they are OR-ed
+	shared []*ResampleLine
 }
 
 type line struct {
@@ -81,6 +83,33 @@ func (a *IOAPIC) OnRoute(f func(pin int, m devices.MSI, masked bool)) {
 // Line returns a new line to the pin. Lines to one pin are OR-ed.
 func (a *IOAPIC) Line(pin int) devices.Line { return &line{ioapic: a, pin: pin} }
 
+// ResampleLine is a line whose level is not known all the time, but only looked at: by the
+// interrupt of a host's device, which stays quiet until it is told to look again.
+type ResampleLine struct {
+	line
+	ended func()
+}
+
+// ResampleLine returns a new line to the pin. Each EOI lowers it and then calls ended, on the
+// vCPU's thread and without locks, which sees to it that the line is raised again if need be.
+func (a *IOAPIC) ResampleLine(pin int, ended func()) *ResampleLine {
+	l := &ResampleLine{line{ioapic: a, pin: pin}, ended}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.pins[pin].shared = append(a.pins[pin].shared, l)
+	return l
+}
+
+// Close lowers the line and takes it off the pin.
+func (l *ResampleLine) Close() {
+	l.SetLevel(false)
+	a := l.ioapic
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	p := &a.pins[l.pin]
+	p.shared = slices.DeleteFunc(p.shared, func(o *ResampleLine) bool { return o == l })
+}
+
 // Reset masks all pins. Lines keep their level.
 func (a *IOAPIC) Reset() {
 	a.mu.Lock()
@@ -94,14 +123,31 @@ func (a *IOAPIC) Reset() {
 // EOI ends the level-triggered interrupts with this vector; those whose line is still high
 // come again.
 func (a *IOAPIC) EOI(vector uint8) {
+	for _, l := range a.endOfInterrupt(vector) {
+		l.ended()
+	}
+}
+
+// endOfInterrupt returns the lines that it has lowered.
+func (a *IOAPIC) endOfInterrupt(vector uint8) (lowered []*ResampleLine) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for i := range a.pins {
-		if p := &a.pins[i]; p.rte&rteRemoteIRR != 0 && uint8(p.rte&rteVector) == vector {
-			p.rte &^= rteRemoteIRR
-			a.serve(p)
+		p := &a.pins[i]
+		if p.rte&rteRemoteIRR == 0 || uint8(p.rte&rteVector) != vector {
+			continue
 		}
+		p.rte &^= rteRemoteIRR
+		for _, l := range p.shared {
+			if l.high {
+				l.high = false
+				p.active--
+				lowered = append(lowered, l)
+			}
+		}
+		a.serve(p)
 	}
+	return lowered
 }
 
 // SetLevel implements devices.Line. An edge on a masked pin is lost (82093AA data sheet,

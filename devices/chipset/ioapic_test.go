@@ -315,3 +315,31 @@ func FuzzIOAPIC(f *testing.F) {
 		}
 	})
 }
+
+// A line that is sampled: the EOI lowers it, and the device raises it again if it has reason to.
+func TestIOAPICResample(t *testing.T) {
+	a := newIOAPIC(t)
+	ended := 0
+	line := a.ResampleLine(17, func() { ended++; a.want("before the device has looked") })
+	other := a.Line(17)
+	a.program(17, rteLevel|0x51)
+	line.SetLevel(true)
+	a.want("raised", 0x51)
+	a.EOI(0x51)
+	a.want("EOI")
+	if ended != 1 {
+		t.Errorf("told %d times", ended)
+	}
+	line.SetLevel(true)
+	a.want("raised again", 0x51)
+	other.SetLevel(true)
+	line.Close()
+	a.EOI(0x51)
+	a.want("the other one is still high", 0x51)
+	if ended != 1 {
+		t.Error("told after it was closed")
+	}
+	other.SetLevel(false)
+	a.EOI(0x51)
+	a.want("all is quiet")
+}

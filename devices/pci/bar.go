@@ -18,8 +18,12 @@ type BAR struct {
 	Mapped func(base uint64, on bool)
 }
 
-// Memory BAR: PCIe 7.5.1.2.1.
+// Memory BAR: PCIe 7.5.1.2.1. Expansion ROM: 7.5.1.2.4.
 const (
+	numBARs     = 6
+	romEnable   = 1 << 0
+	minROM      = 2 << 10
+	maxROM      = 16 << 20
 	bar64       = 1 << 2
 	barPrefetch = 1 << 3
 	barFlags    = 0xf
@@ -36,7 +40,7 @@ type bar struct {
 
 // SetBAR defines BAR i: 0 to 5, on a bridge 0 or 1.
 func (c *Config) SetBAR(i int, b BAR) error {
-	n := len(c.bars)
+	n := numBARs
 	if c.bridge {
 		n = 2
 	}
@@ -68,9 +72,23 @@ func (c *Config) SetBAR(i int, b BAR) error {
 	return nil
 }
 
+// SetROM gives an endpoint an option ROM of that size, a power of two of 2 KiB to 16 MiB, that
+// dev answers where the guest has enabled it.
+func (c *Config) SetROM(size uint64, dev devices.BusDevice) error {
+	if c.bridge || size < minROM || size > maxROM || bits.OnesCount64(size) != 1 {
+		return fmt.Errorf("define option ROM of %s: size %#x is not a power of two of %#x to %#x", c.id, size, minROM, maxROM)
+	}
+	c.bars[numBARs] = &bar{BAR: BAR{Size: size, Device: dev}, reg: regROM, name: c.id + " option ROM"}
+	c.define32(regROM, 0, ^uint32(size-1)|romEnable)
+	return nil
+}
+
+// decodes says whether a register of a function whose memory space is enabled claims its range.
+func (c *Config) decodes(b *bar) bool { return b.reg != regROM || c.Uint16(regROM)&romEnable != 0 }
+
 // Region is a BAR as it stands.
 type Region struct {
-	Index              int
+	Index              int    // 6 is the option ROM
 	Base, Size         uint64 // Base is valid if Mapped
 	Is64, Prefetchable bool
 	Mapped             bool

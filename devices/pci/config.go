@@ -19,6 +19,7 @@ const (
 	regHeaderType  = 0x0e
 	regBAR         = 0x10
 	regSubsystem   = 0x2c // type 0
+	regROM         = 0x30 // type 0
 	regCapPointer  = 0x34
 	regInterrupt   = 0x3c
 	regPrimary     = 0x18 // type 1, as all that follow
@@ -57,6 +58,7 @@ type Header struct {
 	SubVendor, SubDevice uint16 // type 0 only
 	Type                 uint8  // 0 endpoint, 1 bridge
 	Multifunction        bool   // the slot may have functions 1 to 7
+	InterruptPin         uint8  // 1: INTA#; 0: none
 }
 
 // Config is the configuration space of one function: 4096 bytes, of which a guest's write
@@ -66,7 +68,7 @@ type Header struct {
 type Config struct {
 	id      string
 	bridge  bool
-	bars    [6]*bar
+	bars    [7]*bar // the last one is the option ROM
 	reads   []hook
 	backed  []backing
 	writes  []hook
@@ -121,7 +123,7 @@ func NewConfig(h Header) *Config {
 	c.SetW1C16(regStatus, statusW1C)
 	c.define32(regClass, h.Class<<8|uint32(h.Revision), 0)
 	c.wmask[regCacheLine] = 0xff
-	c.wmask[regInterrupt] = 0xff
+	c.define16(regInterrupt, uint16(h.InterruptPin)<<8, 0xff)
 	typ := uint16(h.Type & 1)
 	if h.Multifunction {
 		typ |= headerMultifunction
@@ -140,6 +142,19 @@ func NewConfig(h Header) *Config {
 	c.define32(regPrefBase+8, 0, 0xffff_ffff)
 	c.define16(regBridgeCtl, 0, bridgeCtlMask)
 	return c
+}
+
+// RootSlot is the slot of the root bus that the function is in or behind; it is on no bus if
+// not ok.
+func (c *Config) RootSlot() (slot int, ok bool) {
+	at := c.at.Load()
+	if at != nil && at.bus.port != nil {
+		at = at.bus.port.c.at.Load()
+	}
+	if at == nil {
+		return 0, false
+	}
+	return at.devfn / 8, true
 }
 
 // ID is the name from the header.
@@ -270,8 +285,8 @@ func (c *Config) Write(off uint64, p []byte) {
 		o := int(off) + i
 		was, w := c.data[o], c.wmask[o]
 		c.data[o] = (was&^w | v&w) &^ (v & c.w1c[o])
-		// The command register, the BARs, the windows of a bridge.
-		redecode = redecode || c.data[o] != was && (o == regCommand || o >= regBAR && o < regPrefBase+12)
+		// The command register, the BARs, the windows of a bridge, the option ROM.
+		redecode = redecode || c.data[o] != was && (o == regCommand || o >= regBAR && o <= regROM)
 	}
 	c.mu.Unlock()
 	if redecode {

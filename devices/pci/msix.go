@@ -50,7 +50,7 @@ func AddMSIX(c *Config, barIndex int, table, pba uint32, n int, src devices.Vect
 	if (table|pba)&7 != 0 || t.Overlaps(p) {
 		return fail(fmt.Sprintf("table at %s and pending bits at %s are not aligned to 8 or overlap", t, p))
 	}
-	if barIndex < 0 || barIndex >= len(c.bars) {
+	if barIndex < 0 || barIndex >= numBARs {
 		return fail(fmt.Sprintf("there is no BAR %d", barIndex))
 	}
 	start, end := min(t.Base, p.Base), max(t.End(), p.End())

@@ -171,7 +171,7 @@ func (rc *RootComplex) decode() {
 					continue
 				}
 				base := c.address(bar)
-				if b.passes(c, devices.Range{Base: base, Size: bar.Size}) {
+				if c.decodes(bar) && b.passes(c, devices.Range{Base: base, Size: bar.Size}) {
 					targets = append(targets, target{c, bar, base})
 				} else {
 					rc.unmap(bar)

@@ -13,6 +13,7 @@ const (
 	groupGetDevice  = vfioBase + 6 // the name
 	deviceGetInfo   = vfioBase + 7 // deviceInfo
 	deviceGetRegion = vfioBase + 8 // regionInfo
+	deviceGetIRQ    = vfioBase + 9 // irqInfo
 	deviceSetIRQs   = vfioBase + 10
 	deviceReset     = vfioBase + 11
 	hotResetInfo    = vfioBase + 12 // hotResetDevices
@@ -29,11 +30,14 @@ const (
 	regionMmap    = 1 << 2 // VFIO_REGION_INFO_FLAG_MMAP
 	capSparse     = 1      // VFIO_REGION_INFO_CAP_SPARSE_MMAP
 	dmaReadWrite  = 1<<0 | 1<<1
-	regionConfig  = 7 // VFIO_PCI_CONFIG_REGION_INDEX; 0 to 5 are the BARs
+	regionROM     = 6 // VFIO_PCI_ROM_REGION_INDEX; 0 to 5 are the BARs
+	regionConfig  = 7 // VFIO_PCI_CONFIG_REGION_INDEX
+	irqINTX       = 0 // VFIO_PCI_INTX_IRQ_INDEX
 	irqMSI        = 1 // VFIO_PCI_MSI_IRQ_INDEX
 	irqMSIX       = 2 // VFIO_PCI_MSIX_IRQ_INDEX
 	irqNone       = 1 << 0
 	irqEventFD    = 1 << 2
+	irqUnmask     = 1 << 4
 	irqTrigger    = 1 << 5
 	maxIRQs       = 2048 // what MSI-X has
 	maxResetPeers = 256  // functions of one bus
@@ -48,6 +52,8 @@ type regionInfo struct { // vfio_region_info, with room for capabilities
 	size, offset                   uint64
 	caps                           [4096 - 32]byte
 }
+
+type irqInfo struct{ argsz, _, index, count uint32 } // vfio_irq_info
 
 type irqSet struct { // vfio_irq_set with eventfds
 	argsz, flags, index, _, count uint32

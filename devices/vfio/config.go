@@ -17,15 +17,19 @@ const (
 	regBAR     = 0x10
 	regSubsys  = 0x2c
 	regCapPtr  = 0x34
+	regIntPin  = 0x3d
 	capStart   = 0x40
 	extStart   = 0x100
 
 	pmNoSoftReset = 1 << 3 // of PMCSR: D3hot loses nothing, as it is never entered
 
-	commandMemory = 1 << 1
-	commandMaster = 1 << 2
-	statusCapList = 1 << 4
-	headerType    = 0x7f
+	commandMemory  = 1 << 1
+	commandMaster  = 1 << 2
+	commandINTxOff = 1 << 10
+	statusCapList  = 1 << 4
+	headerType     = 0x7f
+
+	pcieTypeLegacy = 1 // legacy endpoint: PCIe 7.5.3.2
 
 	barIO       = 1 << 0
 	bar64       = 1 << 2
@@ -183,13 +187,19 @@ const (
 	devCtlFLR = 1 << 15 // PCIe 7.5.3.4
 )
 
-// newConfig makes the header.
-func newConfig(space []byte, o Options) (*pci.Config, error) {
+// newConfig makes the header. INTx is not there if the host's is not connected.
+func newConfig(hw hardware, space []byte, o Options) (*pci.Config, error) {
 	if len(space) < 64 || le.Uint16(space) == 0xffff {
 		return nil, fmt.Errorf("its configuration space cannot be read")
 	}
 	if t := space[regHeader] & headerType; t != 0 {
 		return nil, fmt.Errorf("its header type is %d: bridges cannot be passed through", t)
+	}
+	pin := space[regIntPin]
+	if n, err := hw.irqs(irqINTX); err != nil {
+		return nil, fmt.Errorf("interrupts: %w", err)
+	} else if n == 0 || pin > 4 {
+		pin = 0
 	}
 	return pci.NewConfig(pci.Header{
 		ID:            o.ID,
@@ -200,18 +210,36 @@ func newConfig(space []byte, o Options) (*pci.Config, error) {
 		SubVendor:     le.Uint16(space[regSubsys:]),
 		SubDevice:     le.Uint16(space[regSubsys+2:]),
 		Multifunction: o.Multifunction,
+		InterruptPin:  pin,
 	}), nil
+}
+
+// firstCapabilities are those of the first 256 bytes.
+func firstCapabilities(space []byte) ([]capability, error) {
+	if le.Uint16(space[regStatus:])&statusCapList == 0 {
+		return nil, nil
+	}
+	return parse(space, int(space[regCapPtr]), false)
+}
+
+// legacy says whether a function may need I/O space, as a PCI Express endpoint must not:
+// PCIe 1.3.2.
+func legacy(space []byte) bool {
+	list, _ := firstCapabilities(space)
+	for _, c := range list {
+		if c.id == capPCIe {
+			return space[c.off+2]>>4 == pcieTypeLegacy
+		}
+	}
+	return true
 }
 
 // addCapabilities gives the guest those that the tables let through, at their own offsets.
 // MSI and MSI-X are for interrupts to add.
 func (f *Function) addCapabilities(space []byte, interrupts func(capability) error) error {
-	var list []capability
-	var err error
-	if le.Uint16(space[regStatus:])&statusCapList != 0 {
-		if list, err = parse(space, int(space[regCapPtr]), false); err != nil {
-			return err
-		}
+	list, err := firstCapabilities(space)
+	if err != nil {
+		return err
 	}
 	for _, c := range list {
 		how := capabilities[byte(c.id)]

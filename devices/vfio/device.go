@@ -25,6 +25,10 @@ type hardware interface {
 	munmap(b []byte) error
 	// setIRQs has the interrupts of an index signal the eventfds; without any they are off.
 	setIRQs(index uint32, fds []int32) error
+	// irqs is how many interrupts of an index the host can take.
+	irqs(index uint32) (int, error)
+	// unmask has the interrupt of an index, which the kernel masks when it fires, fire again.
+	unmask(index uint32) error
 	// fresh says that the kernel has reset the function when it was opened.
 	fresh() bool
 	reset() error
@@ -171,6 +175,19 @@ func (d *Device) setIRQs(index uint32, fds []int32) error {
 		return fmt.Errorf("set %d interrupts: %w", len(fds), err)
 	}
 	return nil
+}
+
+func (d *Device) irqs(index uint32) (int, error) {
+	info := irqInfo{index: index}
+	info.argsz = sizeOf(&info)
+	_, err := ioctl(d.fd, deviceGetIRQ, &info)
+	return int(info.count), err
+}
+
+func (d *Device) unmask(index uint32) error {
+	s := irqSet{argsz: 20, flags: irqUnmask | irqNone, index: index, count: 1}
+	_, err := ioctl(d.fd, deviceSetIRQs, &s)
+	return err
 }
 
 func (d *Device) fresh() bool { return d.flags&canReset != 0 }

@@ -17,9 +17,11 @@ type fakeHW struct {
 	mu       sync.Mutex
 	regions  [regionConfig + 1][]byte
 	areas    [regionConfig + 1][]devices.Range
-	irqs     map[uint32][]int32
+	active   map[uint32][]int32
 	log      []string // writes to configuration space, resets
 	noFresh  bool
+	noINTx   bool
+	unmasked chan uint32
 	mapped   int
 	closed   bool
 	failMmap error
@@ -64,11 +66,20 @@ func (h *fakeHW) setIRQs(index uint32, fds []int32) error {
 	if h.failIRQs != nil {
 		return h.failIRQs
 	}
-	h.irqs[index] = fds
+	h.active[index] = fds
 	return nil
 }
 
 func (h *fakeHW) Host() string { return vf }
+func (h *fakeHW) irqs(index uint32) (int, error) {
+	if index == irqINTX && h.regions[regionConfig][regIntPin] != 0 && !h.noINTx {
+		return 1, nil
+	}
+	return 0, nil
+}
+
+func (h *fakeHW) unmask(index uint32) error { h.unmasked <- index; return nil }
+
 func (h *fakeHW) fresh() bool  { return !h.noFresh }
 func (h *fakeHW) reset() error { h.log = append(h.log, "reset"); return nil }
 func (h *fakeHW) Close() error { h.closed = true; return nil }
@@ -88,11 +99,13 @@ func (h *fakeHW) put32(off int, v uint32) { le.PutUint32(h.regions[regionConfig]
 // newHW returns a device with a chain of capabilities that is out of order, MSI-X in BAR 3
 // and a 64-bit BAR 0, an I/O BAR 2, and extended capabilities of every way.
 func newHW() *fakeHW {
-	h := &fakeHW{irqs: map[uint32][]int32{}}
+	h := &fakeHW{active: map[uint32][]int32{}, unmasked: make(chan uint32, 1)}
 	h.regions[0], h.regions[2] = make([]byte, 0x4000), make([]byte, 32)
 	h.regions[3], h.regions[regionConfig] = make([]byte, 0x4000), make([]byte, configSize)
 	h.areas[0] = []devices.Range{{Size: 0x4000}}
 	h.areas[3] = []devices.Range{{Size: 0x4000}}
+	h.regions[regionROM] = make([]byte, 0xc00)
+	copy(h.regions[regionROM], []byte{0x55, 0xaa, 6})
 	h.put32(0, 0x10ca_8086)
 	h.put32(regClass, 0x020000_01)
 	h.put16(regStatus, statusCapList)
@@ -138,7 +151,23 @@ type fakeMachine struct {
 	limit   int // of vectors, 0: none
 	slots   map[uint32]string
 	next    uint32
+	line    *fakeLine // nil: none
 	log     bytes.Buffer
+}
+
+type fakeLine struct {
+	m         *fakeMachine
+	slot, pin int
+	ended     func()
+	levels    chan bool
+}
+
+func (l *fakeLine) SetLevel(high bool) { l.levels <- high }
+func (l *fakeLine) Close()             { l.m.line = nil }
+
+func (m *fakeMachine) INTx(slot, pin int, ended func()) Line {
+	m.line = &fakeLine{m, slot, pin, ended, make(chan bool, 1)}
+	return m.line
 }
 
 func (m *fakeMachine) NewVector() (devices.Vector, error) {
@@ -167,7 +196,7 @@ func (m *fakeMachine) Unmap(slot uint32) error {
 func newMachine() *fakeMachine { return &fakeMachine{slots: map[uint32]string{}} }
 
 func (m *fakeMachine) options() Options {
-	return Options{ID: "dev", Slots: m, Vectors: m, Log: slog.New(slog.NewTextHandler(&m.log, nil))}
+	return Options{ID: "dev", Slots: m, Vectors: m, INTx: m.INTx, ROM: true, Log: slog.New(slog.NewTextHandler(&m.log, nil))}
 }
 
 // start makes a function behind a root port, with its resources assigned.

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/bits"
 	"sync"
 	"sync/atomic"
 
@@ -25,12 +26,17 @@ type Options struct {
 	Multifunction bool
 	Slots         Slots
 	Vectors       devices.VectorSource
-	Log           *slog.Logger
+	// INTx makes a line for pin (1: INTA#) of a function in, or behind, a slot of the root
+	// bus. Ended is called on a vCPU's thread.
+	INTx func(slot, pin int, ended func()) Line
+	ROM  bool // show the option ROM, if there is one
+	Log  *slog.Logger
 }
 
 // Function is what the guest sees of a host's function. It implements [pci.Function].
-// There are no I/O BARs, no INTx and no option ROM; a device that can interrupt by nothing
-// else is refused.
+//
+// I/O BARs are not shown, as there are no I/O windows for them: a PCI Express endpoint has to
+// work without (PCIe 1.3.2). Another function that has nothing else is refused.
 type Function struct {
 	hw    hardware
 	o     Options
@@ -38,7 +44,8 @@ type Function struct {
 	bars  []*bar
 	msix  *pci.MSIX
 	msi   *msi
-	first bool // no extended capability was added
+	intx  *intx // nil if the pin is not connected
+	first bool  // no extended capability was added
 
 	warned atomic.Bool
 
@@ -85,8 +92,11 @@ func newFunction(hw hardware, o Options) (_ *Function, err error) {
 	if err := hw.read(regionConfig, 0, space); err != nil {
 		return nil, fmt.Errorf("read configuration space: %w", err)
 	}
-	if f.c, err = newConfig(space, o); err != nil {
+	if f.c, err = newConfig(hw, space, o); err != nil {
 		return nil, err
+	}
+	if pin := f.c.Uint16(regIntPin-1) >> 8; pin != 0 {
+		f.intx = &intx{f: f, pin: int(pin)}
 	}
 	if err := f.findBARs(space); err != nil {
 		return nil, err
@@ -94,8 +104,8 @@ func newFunction(hw hardware, o Options) (_ *Function, err error) {
 	if err := f.addCapabilities(space, func(c capability) error { return f.addInterrupts(space, c) }); err != nil {
 		return nil, err
 	}
-	if f.msix == nil && f.msi == nil {
-		return nil, errors.New("it has neither MSI-X nor MSI, and INTx is not supported")
+	if f.msix == nil && f.msi == nil && f.intx == nil {
+		return nil, errors.New("it cannot interrupt: it has neither MSI-X nor MSI, nor an INTx that is connected")
 	}
 	if err := f.mapBARs(); err != nil {
 		return nil, err
@@ -107,15 +117,21 @@ func newFunction(hw hardware, o Options) (_ *Function, err error) {
 // findBARs learns what BARs there are: VFIO says their size, the registers their kind.
 func (f *Function) findBARs(space []byte) error {
 	f.bars = make([]*bar, 6)
+	memory, ports := 0, -1
 	for i := 0; i < 6; i++ {
 		r, err := f.hw.region(i)
 		if err != nil {
 			return err
 		}
 		flags := le.Uint32(space[regBAR+4*i:])
-		if r.size == 0 || flags&barIO != 0 {
+		if r.size == 0 {
 			continue
 		}
+		if flags&barIO != 0 {
+			ports = i
+			continue
+		}
+		memory++
 		b := &bar{window: window{f.hw, i}, f: f, size: r.size}
 		for _, a := range r.areas {
 			b.maps = append(b.maps, mapping{Range: a})
@@ -132,8 +148,63 @@ func (f *Function) findBARs(space []byte) error {
 			i++
 		}
 	}
+	if ports >= 0 && legacy(space) {
+		if memory == 0 {
+			return fmt.Errorf("its registers are I/O ports (BAR %d), for which root ports have no window\nonly functions with memory BARs can be passed through", ports)
+		}
+		f.o.Log.Info("I/O BAR not shown to the guest, whose driver has to do without", "id", f.o.ID, "bar", ports)
+	}
+	if f.o.ROM {
+		return f.addROM()
+	}
 	return nil
 }
+
+// addROM shows the option ROM.
+func (f *Function) addROM() error {
+	r, err := f.hw.region(regionROM)
+	if err != nil || r.size == 0 {
+		return err
+	}
+	if r.size > maxROM {
+		return fmt.Errorf("its option ROM has %d bytes, more than %d\nrombar=0 leaves it out", r.size, maxROM)
+	}
+	size := max(uint64(minROM), 1<<bits.Len64(r.size-1))
+	return f.c.SetROM(size, &rom{hw: f.hw, size: r.size})
+}
+
+// Sizes of an option ROM: PCIe 7.5.1.2.4.
+const (
+	minROM = 2 << 10
+	maxROM = 16 << 20
+)
+
+// rom is the option ROM, which is read from the device when the guest first looks at it.
+type rom struct {
+	hw   hardware
+	size uint64
+	once sync.Once
+	data []byte
+}
+
+// Read implements [devices.BusDevice]; what cannot be read is all ones.
+func (r *rom) Read(off uint64, p []byte) {
+	r.once.Do(func() {
+		if data := make([]byte, r.size); r.hw.read(regionROM, 0, data) == nil {
+			r.data = data
+		}
+	})
+	n := 0
+	if off < uint64(len(r.data)) {
+		n = copy(p, r.data[off:])
+	}
+	for i := n; i < len(p); i++ {
+		p[i] = 0xff
+	}
+}
+
+// Write implements [devices.BusDevice].
+func (*rom) Write(uint64, []byte) {}
 
 // mapBARs maps all that may be, but for the pages of the MSI-X table and pending bits.
 func (f *Function) mapBARs() error {
@@ -261,6 +332,9 @@ func (f *Function) command() {
 	if err := f.setCommand(commandMemory | was&commandMaster); err != nil {
 		f.warn(fmt.Errorf("set bus mastering: %w", err))
 	}
+	if err := f.updateINTx(); err != nil {
+		f.warn(err)
+	}
 }
 
 func (f *Function) setCommand(v uint16) error {
@@ -274,17 +348,25 @@ func (f *Function) enable(index uint32, on bool, vectors []devices.Vector) {
 	if f.enabled[index] == on {
 		return
 	}
-	var fds []int32
+	f.enabled[index] = on
+	var err error
 	if on {
+		err = f.updateINTx() // the host has one kind at a time
+		var fds []int32
 		for _, v := range vectors {
 			fds = append(fds, int32(v.EventFD()))
 		}
+		if ierr := f.hw.setIRQs(index, fds); ierr != nil {
+			f.enabled[index] = false
+			err = errors.Join(err, ierr)
+		}
+	} else {
+		err = f.hw.setIRQs(index, nil)
+		err = errors.Join(err, f.updateINTx())
 	}
-	if err := f.hw.setIRQs(index, fds); err != nil {
+	if err != nil {
 		f.warn(err)
-		return
 	}
-	f.enabled[index] = on
 }
 
 // warn logs the first thing that went wrong while the guest ran, which must not be able to
@@ -311,6 +393,9 @@ func (f *Function) Reset() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	err := f.setCommand(commandMemory)
+	if f.intx != nil && f.intx.on {
+		err = errors.Join(err, f.intx.stop())
+	}
 	if f.used {
 		err = errors.Join(err, f.hw.reset(), f.setCommand(commandMemory))
 	}
@@ -322,11 +407,18 @@ func (f *Function) Reset() {
 
 // Close implements [pci.Function]: the device goes back to the host.
 func (f *Function) Close() error {
+	f.mu.Lock()
+	x := f.intx
+	f.intx = nil
+	var errs []error
+	if x != nil && x.on {
+		errs = append(errs, x.stop())
+	}
+	f.mu.Unlock()
 	f.enable(irqMSI, false, nil)
 	f.enable(irqMSIX, false, nil)
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	var errs []error
 	for _, b := range f.bars {
 		if b == nil {
 			continue

@@ -9,6 +9,9 @@ import (
 	"testing"
 
 	"baton/devices"
+	"baton/devices/pci"
+
+	"golang.org/x/sys/unix"
 )
 
 func get(f *Function, off uint64, n int) []byte {
@@ -33,7 +36,7 @@ func TestConfigSpace(t *testing.T) {
 		{"header type, not multifunction", 0x0e, "00"},
 		{"subsystem", 0x2c, "86803ca0"},
 		{"first capability", 0x34, "40"},
-		{"no INTx", 0x3d, "00"},
+		{"INTx", 0x3d, "01"},
 		{"no I/O BAR", 0x18, "00000000"},
 		{"PM without PME, in D0, no soft reset", 0x40, "0170230708000000"},
 		{"MSI-X as it is, but off", 0x70, "11a002000300000003200000"},
@@ -166,11 +169,11 @@ func TestMSIX(t *testing.T) {
 	for i := 0; i < 16; i += 4 {
 		f.bars[3].Write(uint64(16+i), entry[i:i+4]) // vector 1
 	}
-	if len(h.irqs) != 0 {
-		t.Errorf("interrupts before MSI-X is on: %v", h.irqs)
+	if len(h.active) != 0 {
+		t.Errorf("interrupts before MSI-X is on: %v", h.active)
 	}
 	put16(f, 0x72, 0x8000)
-	if got := fmt.Sprint(h.irqs[irqMSIX]); got != "[100 101 102]" {
+	if got := fmt.Sprint(h.active[irqMSIX]); got != "[100 101 102]" {
 		t.Errorf("eventfds %s", got)
 	}
 	if v := m.vectors[1]; v.masked || v.msg != (devices.MSI{Addr: 0xfee00000, Data: 0x41}) || !m.vectors[0].masked {
@@ -182,8 +185,8 @@ func TestMSIX(t *testing.T) {
 		t.Errorf("pending bits %x", p)
 	}
 	put16(f, 0x72, 0)
-	if h.irqs[irqMSIX] != nil || !m.vectors[1].masked {
-		t.Errorf("MSI-X is off, but: %v, %+v", h.irqs, m.vectors[1])
+	if h.active[irqMSIX] != nil || !m.vectors[1].masked {
+		t.Errorf("MSI-X is off, but: %v, %+v", h.active, m.vectors[1])
 	}
 }
 
@@ -199,7 +202,7 @@ func TestMSI(t *testing.T) {
 	put16(f, 0x5c, 0x4006)
 	put32(f, 0x60, 1) // mask vector 0
 	put16(f, 0x52, msiEnable|1<<4)
-	if got := fmt.Sprint(h.irqs[irqMSI]); got != "[103 104]" {
+	if got := fmt.Sprint(h.active[irqMSI]); got != "[103 104]" {
 		t.Errorf("eventfds %s", got)
 	}
 	if !msi[0].masked || msi[1].masked || !msi[2].masked || msi[1].msg != (devices.MSI{Addr: 0x1_fee0_1000, Data: 0x4007}) {
@@ -215,14 +218,14 @@ func TestMSI(t *testing.T) {
 	}
 	put16(f, 0x52, msiEnable|7<<4) // more than there are
 	put16(f, 0x52, 0)
-	if h.irqs[irqMSI] != nil || !msi[1].masked {
-		t.Errorf("MSI is off, but: %v, %+v", h.irqs, msi[1])
+	if h.active[irqMSI] != nil || !msi[1].masked {
+		t.Errorf("MSI is off, but: %v, %+v", h.active, msi[1])
 	}
 	put16(f, 0x52, msiEnable)
 	f.Reset()
 	f.c.Reset()
-	if h.irqs[irqMSI] != nil || !msi[0].masked {
-		t.Errorf("after a reset: %v, %+v", h.irqs, msi[0])
+	if h.active[irqMSI] != nil || !msi[0].masked {
+		t.Errorf("after a reset: %v, %+v", h.active, msi[0])
 	}
 }
 
@@ -244,8 +247,119 @@ func TestCommandAndReset(t *testing.T) {
 	if got, want := h.took(), "[7:0x4=0200 reset 7:0x4=0200]"; got != want {
 		t.Errorf("FLR: the device was told %s, want %s", got, want)
 	}
-	if h.irqs[irqMSIX] != nil || f.c.Uint16(regCommand) != 0 || f.c.Uint16(0xa8)&devCtlFLR != 0 {
-		t.Errorf("after FLR: %v, command %#x", h.irqs, f.c.Uint16(regCommand))
+	if h.active[irqMSIX] != nil || f.c.Uint16(regCommand) != 0 || f.c.Uint16(0xa8)&devCtlFLR != 0 {
+		t.Errorf("after FLR: %v, command %#x", h.active, f.c.Uint16(regCommand))
+	}
+}
+
+// TestINTx: it is on while the function is, and neither kind of MSI; the guest's end of an
+// interrupt has the host look again.
+func TestINTx(t *testing.T) {
+	h := newHW()
+	f, m, _ := start(t, h)
+	on := func() bool { return len(h.active[irqINTX]) == 1 && m.line != nil }
+	if on() {
+		t.Error("on before the guest turns the function on")
+	}
+	put16(f, regCommand, commandMemory)
+	if !on() || m.line.slot != 1 || m.line.pin != 1 {
+		t.Fatalf("off, or in the wrong place: %+v", m.line)
+	}
+	for range 2 {
+		must(t, fire(h.active[irqINTX][0]))
+		if !<-m.line.levels {
+			t.Error("not raised")
+		}
+		m.line.ended()
+		if got := <-h.unmasked; got != irqINTX {
+			t.Errorf("index %d unmasked", got)
+		}
+	}
+	for _, c := range []struct {
+		what    string
+		off, on func()
+	}{
+		{"INTx disable", func() { put16(f, regCommand, commandMemory|commandINTxOff) }, func() { put16(f, regCommand, commandMemory) }},
+		{"MSI-X", func() { put16(f, 0x72, 0x8000) }, func() { put16(f, 0x72, 0) }},
+		{"MSI", func() { put16(f, 0x52, msiEnable) }, func() { put16(f, 0x52, 0) }},
+		{"function off", func() { put16(f, regCommand, 0) }, func() { put16(f, regCommand, commandMaster) }},
+		{"reset", func() { f.Reset(); f.c.Reset() }, func() { put16(f, regCommand, commandMaster) }},
+	} {
+		c.off()
+		if on() {
+			t.Errorf("%s, yet it is on", c.what)
+		}
+		c.on()
+		if !on() {
+			t.Errorf("after %s it is off", c.what)
+		}
+	}
+	must(t, f.Close())
+	if on() || len(m.log.String()) != 0 {
+		t.Errorf("on at the end; %s", m.log.String())
+	}
+}
+
+// fire is the host's interrupt.
+func fire(fd int32) error {
+	_, err := unix.Write(int(fd), []byte{1, 0, 0, 0, 0, 0, 0, 0})
+	return err
+}
+
+// TestINTxFails: the host may have no interrupt for it.
+func TestINTxFails(t *testing.T) {
+	h := newHW()
+	f, m, _ := start(t, h)
+	h.failIRQs = errors.New("busy")
+	put16(f, regCommand, commandMemory)
+	if m.line != nil || !strings.Contains(m.log.String(), "turn INTx on: busy") {
+		t.Errorf("line %v; %s", m.line, m.log.String())
+	}
+	h.failIRQs = nil
+	must(t, f.Close())
+}
+
+func TestROM(t *testing.T) {
+	h := newHW()
+	f, _, rc := start(t, h)
+	h.put32(0, 0) // it is not looked at before the guest does
+	at := f.c.Uint32(0x30)
+	if at == 0 || at&(minROM-1) != 0 {
+		t.Fatalf("at %#x", at)
+	}
+	put16(f, regCommand, commandMemory)
+	mapped := func() (yes bool) {
+		rc.Walk(func(_ pci.BDF, fn pci.Function) {
+			for _, r := range fn.Config().Regions() {
+				yes = yes || r.Index == 6 && r.Mapped && r.Size == 0x1000
+			}
+		})
+		return yes
+	}
+	if mapped() {
+		t.Error("mapped before it is enabled")
+	}
+	put32(f, 0x30, at|1)
+	if !mapped() {
+		t.Error("not mapped")
+	}
+	r := rom{hw: h, size: 0xc00}
+	p := make([]byte, 4)
+	r.Write(0, p)
+	for off, want := range map[uint64]string{0: "55aa0600", 0xbfe: "0000ffff", 0xc00: "ffffffff", 1 << 40: "ffffffff"} {
+		if r.Read(off, p); fmt.Sprintf("%x", p) != want {
+			t.Errorf("at %#x: %x, want %s", off, p, want)
+		}
+	}
+}
+
+// TestLegacyIO: a function with memory and I/O BARs is shown without the latter, and somebody is told.
+func TestLegacyIO(t *testing.T) {
+	h := newHW()
+	h.regions[regionConfig][0xa2] |= pcieTypeLegacy << 4
+	f, m, _ := start(t, h)
+	if !strings.Contains(m.log.String(), "I/O BAR not shown") || f.c.Uint32(regBAR+8) != 0 {
+		t.Errorf("log %q, BAR %#x", m.log.String(), f.c.Uint32(regBAR+8))
 	}
 }
 
@@ -260,7 +374,12 @@ func TestRefused(t *testing.T) {
 		{"capability list: broken at 0x40", func(h *fakeHW, _ *fakeMachine) { h.regions[regionConfig][0x9d] = 0x40 }},
 		{"capability list: broken at 0x3c", func(h *fakeHW, _ *fakeMachine) { h.put16(regCapPtr, 0x3c) }},
 		{"capability list: broken at 0x140", func(h *fakeHW, _ *fakeMachine) { h.put32(0x1a0, 0x1401_000b) }},
-		{"neither MSI-X nor MSI", func(h *fakeHW, _ *fakeMachine) { h.put16(regStatus, 0) }},
+		{"neither MSI-X nor MSI, nor an INTx", func(h *fakeHW, _ *fakeMachine) { h.put16(regStatus, 0); h.noINTx = true }},
+		{"registers are I/O ports (BAR 2)", func(h *fakeHW, _ *fakeMachine) {
+			h.regions[0], h.regions[3] = nil, nil
+			h.regions[regionConfig][0xa2] |= pcieTypeLegacy << 4
+		}},
+		{"option ROM has 33554432 bytes", func(h *fakeHW, _ *fakeMachine) { h.regions[regionROM] = make([]byte, 32<<20) }},
 		{"in BAR 4, pending bits in BAR 3", func(h *fakeHW, _ *fakeMachine) { h.put32(0x74, 4) }},
 		{"BAR 2, which it does not have", func(h *fakeHW, _ *fakeMachine) { h.put32(0x74, 2); h.put32(0x78, 0x2002) }},
 		{"beyond BAR 3", func(h *fakeHW, _ *fakeMachine) { h.put32(0x78, 0x4003) }},
