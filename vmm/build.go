@@ -55,22 +55,45 @@ func (b *builder) build() error {
 			errs = append(errs, b.consolePort(d))
 		}
 	}
+	b.onClose(b.closeDevices)
+	b.onClose(b.closePairs)
+	for i := range b.cfg.Devices {
+		if d := &b.cfg.Devices[i]; d.isStandby() {
+			b.addStandby(d)
+		}
+	}
 	for i := range b.cfg.Devices {
 		d := &b.cfg.Devices[i]
-		make := builders[d.Driver]
-		if make == nil {
+		if builders[d.Driver] == nil {
 			continue
 		}
-		b.model = nil
-		f, err := make(b, d)
+		if hidden, err := b.addPrimary(d); hidden || err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		f, err := b.make(d)
 		if err == nil {
-			b.onClose(f.Close)
 			b.devices = append(b.devices, device{d, f, b.model})
 			err = b.plug(d, f)
 		}
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
+}
+
+// closeDevices closes all devices, the last one first.
+func (m *Machine) closeDevices() error {
+	var errs []error
+	for _, d := range slices.Backward(m.devices) {
+		errs = append(errs, d.fn.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// make makes the function of a device, on no bus, and the model, if it is virtio.
+func (b *builder) make(d *Device) (pci.Function, error) {
+	b.model = nil
+	return builders[d.Driver](b, d)
 }
 
 // plug puts f where bus= and addr= say.
@@ -237,6 +260,8 @@ func (b *builder) virtioNet(d *Device) (pci.Function, error) {
 		MTU:       uint16(d.Uint("host_mtu")),
 		Speed:     uint32(d.Uint("speed")),
 		Standby:   d.Bool("failover"),
+
+		Activated: b.standbyActivated(d),
 
 		FilterChanged: func() { b.nics.changed(d.netName(), b.events) },
 	}, backend)

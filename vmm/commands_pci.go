@@ -82,6 +82,7 @@ type (
 	pciBus struct {
 		Bus     int64        `json:"bus"`
 		Devices []*pciDevice `json:"devices"`
+		Pairs   []pairInfo   `json:"failover,omitempty"` // baton's: primaries that are hidden, too
 	}
 	pciDevice struct {
 		Bus      int64 `json:"bus"`
@@ -144,7 +145,7 @@ var pciClasses = map[int64]string{0x0100: "SCSI controller", 0x0200: "Ethernet c
 
 // pciBuses shows the tree: devices behind a port are part of the port.
 func (m *Machine) pciBuses() []pciBus {
-	root := pciBus{Devices: []*pciDevice{}}
+	root := pciBus{Devices: []*pciDevice{}, Pairs: m.pairInfos()}
 	ids := map[pci.Function]string{}
 	for _, d := range m.devices {
 		ids[d.fn] = d.ID

@@ -23,11 +23,12 @@ var drivers = []driver{
 		prop{name: "slot", kind: kindUint, max: 8191, def: uint64(0), help: "physical slot number"},
 		prop{name: "port", kind: kindUint, max: 255, def: uint64(0), help: "port number in the link capabilities"},
 	)}, busPCI, busPCI},
-	{schema{name: "virtio-net-pci", aliases: aliases("virtio-net"), help: "network card", props: onVirtio(
+	{schema{name: "virtio-net-pci", aliases: aliases("virtio-net"), help: "network card", props: onVirtio(asPrimary(
 		prop{name: "netdev", required: true, help: "id of the -netdev behind it"},
 		prop{name: "mac", kind: kindMAC, help: "its address; default: 52:54:00:12:34:56 and up"},
 		prop{name: "mq", kind: kindBool, def: false, help: "offer all queue pairs of the netdev"},
 		prop{name: "failover", kind: kindBool, def: false, help: "offer VIRTIO_NET_F_STANDBY: the slow half of a failover pair"},
+		prop{name: "steer", def: "auto", help: "what moves the guest's MAC between the halves: auto, none or script=PATH"},
 		prop{name: "host_mtu", kind: kindUint, min: 68, max: 65535, help: "MTU told to the guest; default: none"},
 		prop{name: "rx_queue_size", kind: kindPow2, min: 256, max: 1024, def: uint64(256), help: "descriptors"},
 		prop{name: "tx_queue_size", kind: kindPow2, min: 256, max: 1024, help: "as rx_queue_size"},
@@ -36,7 +37,7 @@ var drivers = []driver{
 		feature("guest_ecn", 9), feature("guest_ufo", 10), feature("host_tso4", 11), feature("host_tso6", 12),
 		feature("host_ecn", 13), feature("host_ufo", 14), feature("mrg_rxbuf", 15), feature("status", 16),
 		feature("ctrl_vq", 17), feature("ctrl_rx", 18), feature("ctrl_vlan", 19), feature("ctrl_mac_addr", 23),
-	)}, busPCI, ""},
+	)...)}, busPCI, ""},
 	{schema{name: "virtio-blk-pci", aliases: aliases("virtio-blk"), help: "disk", props: onVirtio(
 		prop{name: "drive", required: true, help: "id of the -drive or -blockdev behind it"},
 		prop{name: "serial", help: "serial number, up to 20 bytes"},
@@ -53,13 +54,13 @@ var drivers = []driver{
 	{schema{name: "virtio-rng-pci", aliases: aliases("virtio-rng"), help: "entropy", props: onVirtio(
 		prop{name: "rng", help: "id of an -object rng-random or rng-builtin"},
 	)}, busPCI, ""},
-	{schema{name: "vfio-pci", help: "PCI function of the host, such as a VF", props: onPCI(
+	{schema{name: "vfio-pci", help: "PCI function of the host, such as a VF", props: onPCI(asPrimary(
 		prop{name: "host", help: "its address there, 0000:01:10.0"},
 		prop{name: "sysfsdev", help: "its folder below /sys, in place of host="},
 		prop{name: "pool", help: "interface or address of a PF, in place of host=: any free VF of it"},
 		prop{name: "bind", kind: kindEnum, enum: []string{"off", "auto"}, def: "off", help: "auto: take it from its driver, and give it back at the end"},
 		prop{name: "rombar", kind: kindUint, max: 1, def: uint64(1), help: "1: show the option ROM, if there is one"},
-	)}, busPCI, ""},
+	)...)}, busPCI, ""},
 }
 
 var portProps = []prop{
@@ -86,8 +87,21 @@ func onPCI(own ...prop) []prop {
 		prop{name: "id", help: "name of the device"},
 		prop{name: "bus", def: RootBus, help: "id of a pcie-root-port, or " + RootBus},
 		prop{name: "addr", kind: kindAddr, help: "place on the bus; default: the first free slot"},
-		prop{name: "multifunction", kind: kindBool, def: false, help: "functions 1 to 7 of this slot may be used too"})
+		prop{name: "multifunction", kind: kindBool, def: false, help: "functions 1 to 7 of this slot may be used too"},
+		prop{name: pairID, help: "of a network card: id of the virtio-net-pci with failover=on that it is the fast half to"},
+		prop{name: "standby", help: "the same, as it was spelled once"})
 }
+
+// asPrimary adds what a device takes that may be the fast half of a failover pair.
+func asPrimary(own ...prop) []prop {
+	return append(own,
+		prop{name: "failover-unplug", kind: kindEnum, enum: []string{"cooperative", "surprise", "auto"}, def: "auto", help: "how it is taken from the guest; auto: politely, after the timeout by surprise"},
+		prop{name: "failover-unplug-timeout", kind: kindUint, max: 1 << 31, def: uint64(5000), help: "milliseconds that the guest has to let go; 0: for ever"},
+		prop{name: "failover-primary", kind: kindEnum, enum: []string{"require", "prefer"}, def: "prefer", help: "prefer: a guest may arrive without it; require: only if it can be had"})
+}
+
+// pairID is the property that makes a device a primary.
+const pairID = "failover_pair_id"
 
 func onVirtio(own ...prop) []prop {
 	return onPCI(append(own,
@@ -130,5 +144,8 @@ func (d *Device) FeaturesOff() (mask uint64) {
 
 // newDevice makes a device of checked values.
 func newDevice(driver string, v Values) Device {
+	if id := v.take("standby"); id != "" {
+		v[pairID] = id
+	}
 	return Device{Driver: driver, ID: v.take("id"), Bus: v.take("bus"), Addr: v.take("addr"), Props: v}
 }

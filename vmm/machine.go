@@ -58,7 +58,7 @@ func New(ctx context.Context, cfg *Config, log *slog.Logger) (_ *Machine, err er
 		cfg: cfg, log: log, events: NewEventBus(), state: StatePrelaunch,
 		ports: devices.NewBus(), mmio: devices.NewBus(),
 		gate: newGate(cfg.SMP), requests: make(chan request, 1),
-		control: control{calls: make(chan func()), ended: make(chan struct{})},
+		control: control{calls: make(chan func()), ended: make(chan struct{}), posts: posts{wake: make(chan struct{}, 1)}},
 	}
 	defer func() {
 		if err != nil {

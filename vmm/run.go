@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"baton/devices/char"
@@ -62,6 +64,40 @@ type control struct {
 	devices  []device
 	nics     nics
 	files    map[string]*os.File // of getfd, by name
+	pairs    []*failoverPair
+	closing  sync.WaitGroup // devices that are being closed
+	boots    atomic.Uint64  // how often the guest was started
+	posts
+}
+
+// posts are what somebody who cannot wait wants of the main loop.
+type posts struct {
+	postMu sync.Mutex
+	posted []func()
+	wake   chan struct{} // holds one when there are some
+}
+
+// post has f run in the main loop, soon, after what was posted before. Anybody may call it: a
+// vCPU's thread, and the main loop itself. What the loop does not come to is dropped.
+func (p *posts) post(f func()) {
+	p.postMu.Lock()
+	p.posted = append(p.posted, f)
+	p.postMu.Unlock()
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
+}
+
+// runPosted runs what was posted until now.
+func (p *posts) runPosted() {
+	p.postMu.Lock()
+	list := p.posted
+	p.posted = nil
+	p.postMu.Unlock()
+	for _, f := range list {
+		f()
+	}
 }
 
 // call runs f in the main loop and waits for its end. The vCPUs may be running meanwhile.
@@ -186,6 +222,8 @@ func (m *Machine) next(ctx context.Context) request {
 			return r
 		case f := <-m.calls:
 			f()
+		case <-m.wake:
+			m.runPosted()
 		case <-ctx.Done():
 			return request{requestQuit, "host-signal"}
 		}
@@ -213,7 +251,8 @@ func guestAsked(reason string) bool { return len(reason) > 6 && reason[:6] == "g
 // vCPUs, and the kernel in RAM. No vCPU may be running.
 func (m *Machine) restart() error {
 	start := time.Now()
-	if err := m.resetDevices(); err != nil {
+	m.boots.Add(1)
+	if err := errors.Join(m.resetPairs(), m.resetDevices()); err != nil {
 		return err
 	}
 	entry, err := m.loadKernel()

@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"baton/devices/char"
+	"baton/vmm/qmp"
 
 	"golang.org/x/sys/unix"
 )
@@ -140,6 +141,7 @@ func (c *Config) Validate() error {
 	p.ids("device", list(c.Devices, func(d *Device) string { return d.ID }))
 	c.validateBuses(&p)
 	c.validateUses(&p)
+	c.validatePairs(&p)
 	return errors.Join(p...)
 }
 
@@ -281,6 +283,51 @@ func (c *Config) validateBuses(p *problems) {
 			p.add(d.String(), "addr=%s: function 0 of that slot needs a device with multifunction=on", d.Addr)
 		}
 	}
+}
+
+// validatePairs checks the primaries of failover pairs. Clients match on QEMU's words.
+func (c *Config) validatePairs(p *problems) {
+	primaries := map[string]*Device{}
+	for i := range c.Devices {
+		d := &c.Devices[i]
+		if _, err := parseSteer(d.Text("steer")); err != nil {
+			p.add(d.String(), "%w", err)
+		}
+		if !d.Given(pairID) {
+			continue
+		}
+		if err := d.checkPrimary(); err != nil {
+			p.add(d.String(), "%w", err)
+		}
+		standby := find(c.Devices, func(s *Device) bool { return s.isStandby() && s.ID == d.Text(pairID) })
+		if standby == nil || standby == d {
+			continue // it is an ordinary device, until there is a standby
+		}
+		if d.Bus == RootBus {
+			p.add(d.String(), "Bus '%s' does not support hotplugging\nadd a pcie-root-port for it", d.Bus)
+		}
+		if other := primaries[standby.ID]; other != nil {
+			p.add(d.String(), "%w", tooMany(standby.ID, other.ID, d.ID))
+		}
+		primaries[standby.ID] = d
+	}
+}
+
+// checkPrimary checks what must be so of every device with a pair id.
+func (d *Device) checkPrimary() error {
+	switch {
+	case d.ID == "":
+		return errors.New("Device with failover_pair_id needs to have id")
+	case d.Driver != "virtio-net-pci" && d.Driver != "vfio-pci":
+		return errNoEthernet
+	case d.Bool("multifunction") || d.Addr != "" && !strings.HasSuffix(d.Addr, ".0"):
+		return errors.New("failover: primary device must be in its own PCI slot")
+	}
+	return nil
+}
+
+func tooMany(standby, one, other string) error {
+	return qmp.Errorf(qmp.GenericError, "Cannot attach more than one primary device to '%s': '%s' and '%s'", standby, one, other)
 }
 
 // validateUses checks which device uses what of the host: each thing once.

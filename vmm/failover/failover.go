@@ -56,11 +56,11 @@ type Policy struct {
 }
 
 // Host does what a pair decides. Its methods are called by the pair's, and call none of them
-// before they return.
+// before they return; what they call later, they call as the pair's methods are called.
 type Host interface {
-	// Open makes the primary ready to be plugged: open, and the guest's RAM mapped for it.
-	// It does nothing if that is so.
-	Open() error
+	// Open makes the primary ready to be plugged: open, and the guest's RAM mapped for it,
+	// which may take long. Done may be called at once. It does nothing if that is so.
+	Open(done func(error))
 	// Plug puts the open primary into its slot. Pair.Taken follows once a driver has it.
 	Plug() error
 	// Unplug has the guest let go of the primary, which Pair.Gone says. A surprise may
@@ -68,9 +68,9 @@ type Host interface {
 	Unplug(surprise bool) error
 	// Withdraw takes a request back; false if the guest has begun to act on it.
 	Withdraw() bool
-	// Close gives the primary, which is in no slot, back to the host.
-	Close() error
-	// After calls f later, as the pair's methods are called, unless it is stopped.
+	// Close gives the primary, which is in no slot, back to the host, if it is open.
+	Close()
+	// After calls f later, unless it is stopped.
 	After(d time.Duration, f func()) (stop func())
 	// Changed hears of each new state, and why.
 	Changed(from, to State, why error)
@@ -100,7 +100,8 @@ type Pair struct {
 	away       bool  // somebody wants the guest on the standby
 	release    bool  // give the primary back once the guest has let go
 	taken      bool  // a driver has had it since it was plugged
-	asked      Mode  // Cooperative or Surprise, while Unplugging
+	opening    bool
+	asked      Mode // Cooperative or Surprise, while Unplugging
 	retries    int
 
 	left   []func(error) // who waits for the guest to let go
@@ -179,8 +180,16 @@ func (p *Pair) Negotiated(yes bool) {
 // about to.
 func (p *Pair) Hold() { p.away = true }
 
-// Reserve opens the primary, so that to plug it later cannot fail for want of it.
-func (p *Pair) Reserve() error { return p.host.Open() }
+// Reserve opens the primary, so that to plug it later is quick and cannot fail for want of
+// it. Done, which may come at once, hears how it went.
+func (p *Pair) Reserve(done func(error)) { p.host.Open(done) }
+
+// Release gives the primary back to the host if it is in no slot.
+func (p *Pair) Release() {
+	if !p.InSlot() {
+		p.host.Close()
+	}
+}
 
 // Leave takes the primary away from the guest until Return, and with release gives it back
 // to the host then. Done, which may come at once, hears that the guest has let go, or why
@@ -269,7 +278,7 @@ func (p *Pair) settle() {
 		} else if !p.negotiated {
 			p.hide()
 		} else if p.release {
-			p.close()
+			p.host.Close()
 		}
 	case Plugging, Primary:
 		if !want {
@@ -287,26 +296,35 @@ func (p *Pair) hide() {
 	if p.state != Hidden {
 		p.enter(Hidden, nil)
 	}
-	p.close()
-}
-
-func (p *Pair) close() {
-	if err := p.host.Close(); err != nil {
-		p.why = err
-	}
+	p.host.Close()
 }
 
 func (p *Pair) plug() {
-	err := p.host.Open()
-	if err == nil {
-		p.taken = false
-		p.enter(Plugging, nil)
-		err = p.host.Plug()
-	}
-	if err == nil {
-		p.after(patience, func() { p.enter(Plugging, errNotTaken) })
+	if p.opening {
 		return
 	}
+	p.opening = true
+	p.host.Open(func(err error) {
+		p.opening = false
+		switch {
+		case p.InSlot(): // adopted meanwhile
+		case !p.negotiated || p.away:
+			p.settle()
+		case err != nil:
+			p.failed(err)
+		default:
+			p.taken = false
+			p.enter(Plugging, nil)
+			if err := p.host.Plug(); err != nil {
+				p.failed(err)
+				return
+			}
+			p.after(patience, func() { p.enter(Plugging, errNotTaken) })
+		}
+	})
+}
+
+func (p *Pair) failed(err error) {
 	wait := min(firstRetry<<min(p.retries, 10), lastRetry)
 	p.retries++
 	p.enter(Failed, err)

@@ -17,6 +17,8 @@ type fake struct {
 	plugErr error
 	askErr  error
 	begun   bool // the guest has begun to eject: nothing can be withdrawn
+	slow    bool // opened, which is kept, has to be called
+	opened  func(error)
 }
 
 type timer struct {
@@ -26,9 +28,14 @@ type timer struct {
 
 func (f *fake) say(format string, args ...any) { f.log = append(f.log, fmt.Sprintf(format, args...)) }
 
-func (f *fake) Open() error  { f.say("open"); return f.openErr }
-func (f *fake) Plug() error  { f.say("plug"); return f.plugErr }
-func (f *fake) Close() error { f.say("close"); return nil }
+func (f *fake) Open(done func(error)) {
+	f.say("open")
+	if f.opened = done; !f.slow {
+		done(f.openErr)
+	}
+}
+func (f *fake) Plug() error { f.say("plug"); return f.plugErr }
+func (f *fake) Close()      { f.say("close") }
 func (f *fake) Unplug(surprise bool) error {
 	f.say("unplug %v", surprise)
 	return f.askErr
@@ -303,13 +310,15 @@ func TestTarget(t *testing.T) {
 	f := &fake{}
 	p := New(f, Policy{})
 	p.Hold()
-	if err := p.Reserve(); err != nil {
-		t.Fatal(err)
-	}
+	var reserved waiter
+	p.Reserve(reserved.done)
+	reserved.heard(t, 1, "")
 	p.Negotiated(true)
 	f.heard(t, "open")
 	p.Return(nil)
 	f.heard(t, "open", "hidden>plugging", "plug")
+	p.Release() // not what is in its slot
+	f.heard(t)
 }
 
 func TestReturnWithoutDriver(t *testing.T) {
@@ -325,4 +334,24 @@ func TestAdopt(t *testing.T) {
 	p.Adopt()
 	p.Negotiated(true)
 	f.heard(t, "hidden>primary")
+}
+
+// To open a primary may take long, and what is wanted may change meanwhile.
+func TestSlowOpen(t *testing.T) {
+	f := &fake{slow: true}
+	p := New(f, Policy{})
+	p.Negotiated(true)
+	p.Negotiated(true)
+	f.heard(t, "open")
+	var left waiter
+	p.Leave(true, left.done)
+	left.heard(t, 1, "")
+	f.heard(t, "close")
+	f.opened(errors.New("called off"))
+	f.heard(t, "close")
+	p.Return(nil)
+	p.Release()
+	f.heard(t, "open", "close")
+	f.opened(nil)
+	f.heard(t, "hidden>plugging", "plug")
 }

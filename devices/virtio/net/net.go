@@ -92,6 +92,9 @@ type Config struct {
 	// FilterChanged, which may be nil, is called after the driver has changed what RxFilter
 	// returns.
 	FilterChanged func()
+	// Activated, which may be nil, is called with the features that the driver has acked each
+	// time it begins to use the device. It must not wait for the device.
+	Activated func(features uint64)
 }
 
 // Net is the device. It is a virtio.Device; SetLink, Announce and RxFilter may be called at any time.
@@ -188,6 +191,9 @@ func (n *Net) setConfig() {
 
 // Activate serves the first pair, until the driver asks for more, and the control queue.
 func (n *Net) Activate(a virtio.Activation) error {
+	if n.cfg.Activated != nil {
+		n.cfg.Activated(a.Features)
+	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if err := n.backend.SetOffloads(a.Features); err != nil {
