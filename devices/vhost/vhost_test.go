@@ -154,7 +154,7 @@ func TestOpenUnderSignals(t *testing.T) {
 }
 
 // idle is a device whose rings the test serves by other means.
-type idle struct{}
+type idle struct{ virtio.Stateless }
 
 func (idle) Type() uint32                     { return virtio.TypeNet }
 func (idle) Features() uint64                 { return virtio.CoreFeatures }
@@ -162,7 +162,9 @@ func (idle) QueueSizes() []uint16             { return []uint16{256, 256} }
 func (idle) ReadConfig(_ uint64, p []byte)    { clear(p) }
 func (idle) WriteConfig(uint64, []byte)       {}
 func (idle) Activate(virtio.Activation) error { return nil }
+func (idle) Resume(virtio.Activation) error   { return nil }
 func (idle) Reset()                           {}
+func (idle) Pause()                           {}
 func (idle) Close() error                     { return nil }
 
 // rig is a vhost-net with a TAP on one side and a driver on the other.

@@ -222,32 +222,42 @@ func (p *PCI) setStatus(v uint32) {
 }
 
 func (p *PCI) activate() {
+	if err := p.startQueues(); err != nil {
+		p.failed(err)
+		return
+	}
+	p.active = true
+	if err := p.dev.Activate(p.activation()); err != nil {
+		p.failed(fmt.Errorf("activate: %w", err))
+		return
+	}
+	p.bells.setActive(true)
+}
+
+func (p *PCI) startQueues() error {
 	for _, q := range p.queues {
 		if !q.Enabled {
 			continue
 		}
 		if err := q.Start(p.o.Mem, p.driverFeatures); err != nil {
-			p.failed(err)
-			return
+			return err
 		}
 		q.Call = nil
 		if v := p.vectors[q.Index].Load(); v != noVector {
 			q.Call = p.msix.Vector(int(v))
 		}
 	}
-	p.active = true
-	err := p.dev.Activate(Activation{
+	return nil
+}
+
+func (p *PCI) activation() Activation {
+	return Activation{
 		Mem:           p.o.Mem,
 		Features:      p.driverFeatures,
 		Queues:        p.queues,
 		ConfigChanged: p.configChanged,
 		Failed:        p.failed,
-	})
-	if err != nil {
-		p.failed(fmt.Errorf("activate: %w", err))
-		return
 	}
-	p.bells.setActive(true)
 }
 
 func (p *PCI) configChanged() {

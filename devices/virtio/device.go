@@ -12,7 +12,10 @@
 // DEVICE_NEEDS_RESET; nothing else is affected.
 package virtio
 
-import "baton/kvm/guestmem"
+import (
+	"baton/devices"
+	"baton/kvm/guestmem"
+)
 
 // Device types: section 5.
 const (
@@ -35,7 +38,7 @@ const (
 
 // Device is a model: what kind of device the guest sees, whatever the transport.
 //
-// Activate, Reset and Close are never called at the same time. ReadConfig and WriteConfig
+// All but ReadConfig and WriteConfig are never called at the same time. ReadConfig and WriteConfig
 // may be called at any time, from any vCPU's thread.
 type Device interface {
 	// Type is the device type of section 5.
@@ -56,6 +59,17 @@ type Device interface {
 	// Reset ends what Activate began: when it returns nothing of the device touches guest
 	// memory or signals the guest any more. Resetting a device that is not active is harmless.
 	Reset()
+	// Pause ends what Activate or Resume began as Reset does, but what the driver has set
+	// stays as it is, and the queues stand where Resume goes on.
+	Pause()
+	// Resume goes on, after Pause or LoadState. An error leaves the device paused.
+	Resume(Activation) error
+	// SaveState is what the device knows beside its configuration and its queues, encoded by
+	// devices.EncodeState; nil if there is nothing. It is paused or not active.
+	SaveState() ([]byte, error)
+	// LoadState takes it over into a device that has been reset. Info is for errors; data is not
+	// to be trusted.
+	LoadState(info devices.StateInfo, version uint16, data []byte) error
 	// Close resets the device and gives back what it holds of the host.
 	Close() error
 }

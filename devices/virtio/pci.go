@@ -94,6 +94,7 @@ type PCI struct {
 
 	mu             sync.Mutex
 	active         bool // Activate was called
+	paused         bool // between Quiesce and Unquiesce
 	deviceSelect   uint32
 	driverSelect   uint32
 	driverFeatures uint64

@@ -97,6 +97,17 @@ func (m *model) Reset() {
 	m.workers, m.a = nil, nil
 	m.resets++
 }
+func (m *model) Pause() {
+	for _, w := range m.workers {
+		w.Stop()
+	}
+	m.workers = nil
+}
+func (m *model) Resume(a virtio.Activation) error { return m.Activate(a) }
+func (m *model) SaveState() ([]byte, error)       { return devices.EncodeState(m.config) }
+func (m *model) LoadState(info devices.StateInfo, version uint16, data []byte) error {
+	return devices.DecodeState(info, version, data, &m.config, nil)
+}
 func (m *model) Close() error { m.Reset(); m.closed = true; return nil }
 
 type vectors struct {

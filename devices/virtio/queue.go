@@ -275,6 +275,13 @@ func (q *Queue) Seek(next uint16) {
 	q.next, q.usedIdx, q.notified = next, used, used
 }
 
+// inFlight is how many chains are taken and not given back.
+func (q *Queue) inFlight() uint16 {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.next - q.usedIdx
+}
+
 // Notify tells the driver about the chains pushed since the last Notify, unless it does
 // not want to know (2.7.7.2).
 func (q *Queue) Notify() {

@@ -15,6 +15,7 @@ import (
 	"math/bits"
 	"sync"
 
+	"baton/devices"
 	"baton/devices/virtio"
 )
 
@@ -170,6 +171,41 @@ func (d *Device) Reset() {
 	}
 	d.workers = nil
 }
+
+// Pause implements [virtio.Device]. Requests under way are completed first.
+func (d *Device) Pause() { d.Reset() }
+
+// Resume implements [virtio.Device].
+func (d *Device) Resume(a virtio.Activation) error { return d.Activate(a) }
+
+// state is what the driver was told of the disk, which may not change under it.
+type state struct {
+	Sectors   uint64 `cbor:"1,keyasint"`
+	BlockSize uint32 `cbor:"2,keyasint"`
+}
+
+func (d *Device) state() state { return state{uint64(d.cfg.Disk.size / SectorSize), d.cfg.BlockSize} }
+
+// SaveState implements [virtio.Device].
+func (d *Device) SaveState() ([]byte, error) { return devices.EncodeState(d.state()) }
+
+// LoadState implements [virtio.Device].
+func (d *Device) LoadState(info devices.StateInfo, version uint16, data []byte) error {
+	var s state
+	if err := devices.DecodeState(info, version, data, &s, nil); err != nil {
+		return err
+	}
+	switch here := d.state(); {
+	case s.Sectors != here.Sectors:
+		return info.BadField("Sectors", "the guest's disk has %d, %s has %d: another disk", s.Sectors, d.cfg.Disk.path, here.Sectors)
+	case s.BlockSize != here.BlockSize:
+		return info.BadField("BlockSize", "%d bytes, here %d\nset logical_block_size", s.BlockSize, here.BlockSize)
+	}
+	return nil
+}
+
+// Disk is the disk that New was given.
+func (d *Device) Disk() *Disk { return d.cfg.Disk }
 
 // Close implements [virtio.Device].
 func (d *Device) Close() error {

@@ -24,9 +24,12 @@ type Options struct {
 	// IgnoreFlush completes flushes at once: fast, and the image is lost when the host
 	// crashes (QEMU's cache=unsafe).
 	IgnoreFlush bool
+	// Unlocked opens without the lock, which is another machine's until Lock. The disk is not to
+	// be used before.
+	Unlocked bool
 }
 
-// Disk is a raw image file or a host block device, locked against others while open.
+// Disk is a raw image file or a host block device, locked against others while in use.
 type Disk struct {
 	path string
 	fd   int
@@ -84,8 +87,10 @@ func (d *Disk) examine() error {
 	if t := st.Mode & unix.S_IFMT; t != unix.S_IFREG && t != unix.S_IFBLK {
 		return errNoDisk
 	}
-	if err := d.lock(st); err != nil {
-		return err
+	if !d.o.Unlocked {
+		if err := d.lock(st); err != nil {
+			return err
+		}
 	}
 	size, err := unix.Seek(d.fd, 0, io.SeekEnd) // works on block devices as well
 	switch {
@@ -124,6 +129,41 @@ func (d *Disk) lock(st unix.Stat_t) error {
 		return fmt.Errorf("locked by another process (pid %d)", pid)
 	}
 	return errors.New("locked by another process")
+}
+
+// Flush has what was written survive a crash of the host, and reach another host that shares
+// the storage, whatever IgnoreFlush says.
+func (d *Disk) Flush() error {
+	if err := unix.Fdatasync(d.fd); err != nil {
+		return fmt.Errorf("disk %s: flush: %w", d.path, err)
+	}
+	return nil
+}
+
+// Unlock lets another machine have the disk. The device is quiesced, the disk flushed, and
+// neither is used until Lock.
+func (d *Disk) Unlock() error {
+	l := unix.Flock_t{Type: unix.F_UNLCK, Whence: io.SeekStart}
+	err := unix.FcntlFlock(uintptr(d.fd), unix.F_OFD_SETLK, &l)
+	if err != nil && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.ENOLCK) {
+		return fmt.Errorf("disk %s: unlock: %w", d.path, err)
+	}
+	return nil
+}
+
+// Lock takes the disk after Unlock, or after it was opened Unlocked. What is cached of it is
+// dropped, as far as it can be, for the other machine may have written.
+func (d *Disk) Lock() error {
+	var st unix.Stat_t
+	err := unix.Fstat(d.fd, &st)
+	if err == nil {
+		err = d.lock(st)
+	}
+	if err != nil {
+		return fmt.Errorf("disk %s: %w", d.path, err)
+	}
+	_ = unix.Fadvise(d.fd, 0, 0, unix.FADV_DONTNEED)
+	return nil
 }
 
 // user finds a process that has the file open, other than by fd: the kernel does not

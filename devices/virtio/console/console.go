@@ -75,6 +75,7 @@ type Port struct {
 type Device struct {
 	ports   []*port // by number, nil where there is none
 	space   [12]byte
+	control *control
 	workers []*virtio.Worker
 }
 
@@ -101,6 +102,7 @@ func New(ports []Port) (*Device, error) {
 		}
 		d.ports[n] = newPort(cfg)
 	}
+	d.control = newControl(d.ports)
 	for _, p := range d.ports {
 		if p != nil {
 			p.start()
@@ -134,6 +136,16 @@ func (d *Device) WriteConfig(uint64, []byte) {}
 
 // Activate implements [virtio.Device].
 func (d *Device) Activate(a virtio.Activation) error {
+	for _, p := range d.ports {
+		if p != nil {
+			p.gate.set(a.Features&featureMultiport == 0) // with several ports the guest says when it is ready
+		}
+	}
+	return d.Resume(a)
+}
+
+// Resume implements [virtio.Device].
+func (d *Device) Resume(a virtio.Activation) error {
 	run := func(i int, f func(*virtio.Worker, *virtio.Queue)) {
 		if q := a.Queues[i]; q.Enabled {
 			d.workers = append(d.workers, q.Go(a.Failed, func(w *virtio.Worker) { f(w, q) }))
@@ -148,20 +160,30 @@ func (d *Device) Activate(a virtio.Activation) error {
 		if n > 0 {
 			i = 2*n + 2
 		}
-		p.gate.set(!multiport) // with several ports the guest says when it is ready
 		run(i, p.receive)
 		run(i+1, p.transmit)
 	}
 	if multiport {
-		c := control{ports: d.ports, failed: a.Failed, messages: make(chan []byte, queueSize)}
-		run(queueControlReceive, c.receive)
-		run(queueControlTransmit, c.transmit)
+		d.control.failed = a.Failed
+		run(queueControlReceive, d.control.receive)
+		run(queueControlTransmit, d.control.transmit)
 	}
 	return nil
 }
 
 // Reset implements [virtio.Device].
 func (d *Device) Reset() {
+	d.Pause()
+	d.control.forget()
+	for _, p := range d.ports {
+		if p != nil {
+			p.sent = 0
+		}
+	}
+}
+
+// Pause implements [virtio.Device].
+func (d *Device) Pause() {
 	for _, w := range d.workers {
 		w.Stop()
 	}
@@ -180,88 +202,4 @@ func (d *Device) Close() error {
 		}
 	}
 	return errors.Join(errs...)
-}
-
-// control is the pair of control queues.
-type control struct {
-	ports    []*port
-	failed   func(error)
-	messages chan []byte // to the guest
-}
-
-// transmit takes the guest's messages. Those that make no sense are ignored.
-func (c *control) transmit(w *virtio.Worker, q *virtio.Queue) {
-	for chain := w.Next(); chain != nil; chain = w.Next() {
-		var m [messageSize]byte
-		n := chain.Read(m[:])
-		q.Push(chain, 0)
-		if n == messageSize && !c.handle(m, w.Stopping()) {
-			return
-		}
-	}
-}
-
-// handle answers one message; it is false when the worker has to stop meanwhile. A guest
-// that asks and does not take the answers makes only itself wait.
-func (c *control) handle(m [messageSize]byte, stop <-chan struct{}) bool {
-	id := binary.LittleEndian.Uint32(m[:])
-	event, value := binary.LittleEndian.Uint16(m[4:]), binary.LittleEndian.Uint16(m[6:])
-	send := func(id int, event, value uint16, name string) bool {
-		b := binary.LittleEndian.AppendUint32(nil, uint32(id))
-		b = binary.LittleEndian.AppendUint16(b, event)
-		b = binary.LittleEndian.AppendUint16(b, value)
-		select {
-		case c.messages <- append(b, name...):
-			return true
-		case <-stop:
-			return false
-		}
-	}
-	if event == eventDeviceReady && value == 1 {
-		for n, p := range c.ports {
-			if p != nil && !send(n, eventPortAdd, 1, "") {
-				return false
-			}
-		}
-		return true
-	}
-	if uint64(id) >= uint64(len(c.ports)) || c.ports[id] == nil {
-		return true
-	}
-	p := c.ports[id]
-	switch event {
-	case eventPortReady:
-		if value != 1 {
-			return true
-		}
-		// In QEMU's order: the kind, the name, then that the host has it open.
-		return (!p.Console || send(p.Number, eventConsolePort, 1, "")) &&
-			(p.Name == "" || send(p.Number, eventPortName, 1, p.Name)) &&
-			send(p.Number, eventPortOpen, 1, "")
-	case eventPortOpen:
-		p.gate.set(value != 0)
-	}
-	return true
-}
-
-// receive gives the guest the messages for it.
-func (c *control) receive(w *virtio.Worker, q *virtio.Queue) {
-	for {
-		select {
-		case m := <-c.messages:
-			chain := w.Next()
-			if chain == nil {
-				return
-			}
-			n := chain.Write(m)
-			q.Push(chain, uint32(n))
-			if n < len(m) {
-				c.failed(fmt.Errorf("queue %d: buffer of %d bytes for a control message of %d", q.Index, n, len(m)))
-				return
-			}
-			q.Notify()
-		case <-w.Stopping():
-			return
-		}
-	}
 }

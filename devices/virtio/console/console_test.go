@@ -33,15 +33,20 @@ type backend struct {
 	feed  *io.PipeWriter
 	hold  sync.Mutex
 	wrote chan string
+	busy  chan struct{} // a write has begun
 }
 
 func newBackend() *backend {
-	b := &backend{wrote: make(chan string, 1000)}
+	b := &backend{wrote: make(chan string, 1000), busy: make(chan struct{}, 1)}
 	b.PipeReader, b.feed = io.Pipe()
 	return b
 }
 
 func (b *backend) Write(p []byte) (int, error) {
+	select {
+	case b.busy <- struct{}{}:
+	default:
+	}
 	b.hold.Lock()
 	defer b.hold.Unlock()
 	b.wrote <- string(p)

@@ -14,6 +14,7 @@ type port struct {
 	input  chan []byte // from the backend; closed at its end
 	output chan []byte // to the backend
 	rest   []byte      // of the last input, what the guest has had no buffer for
+	sent   int         // bytes of the chain that transmit is at, which the backend has
 	taken  chan struct{}
 	closed chan struct{}
 }
@@ -75,15 +76,21 @@ func (p *port) close(deadline <-chan time.Time) error {
 // transmit passes on what the guest writes, which waits for a slow backend.
 func (p *port) transmit(w *virtio.Worker, q *virtio.Queue) {
 	for c := w.Next(); c != nil; c = w.Next() {
+		c.Out = virtio.Skip(c.Out, p.sent)
 		for left := int(c.OutLen()); left > 0; {
 			b := make([]byte, min(left, chunk))
 			left -= c.Read(b)
 			select {
 			case p.output <- b:
+				p.sent += len(b)
 			case <-w.Stopping():
+				// Who continues takes the chain again. Seek forgets what is not notified.
+				q.Notify()
+				q.Seek(q.Position() - 1)
 				return
 			}
 		}
+		p.sent = 0
 		q.Push(c, 0)
 	}
 }
@@ -143,5 +150,14 @@ func (g *gate) set(open bool) {
 		if open {
 			close(g.ch)
 		}
+	}
+}
+
+func (g *gate) isOpen() bool {
+	select {
+	case <-g.opened():
+		return true
+	default:
+		return false
 	}
 }

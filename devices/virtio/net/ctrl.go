@@ -128,7 +128,10 @@ func (n *Net) command(c *virtio.Chain) bool {
 			return false
 		}
 		want := binary.LittleEndian.Uint64(b[:])
-		return want&^(n.act.Features&guestOffloads) == 0 && n.backend.SetOffloads(want) == nil
+		if want&^(n.act.Features&guestOffloads) != 0 || n.backend.SetOffloads(want) != nil {
+			return false
+		}
+		n.offloads = want
 	default:
 		return false
 	}

@@ -109,6 +109,7 @@ type Net struct {
 	announce bool               // the driver is asked to, and has not answered yet
 	act      *virtio.Activation // nil: not active
 	pairs    int                // that the driver uses
+	offloads uint64             // that the driver uses, in feature bits
 	running  int                // that the backend serves
 	filter   RxFilter
 }
@@ -196,13 +197,20 @@ func (n *Net) Activate(a virtio.Activation) error {
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if err := n.backend.SetOffloads(a.Features); err != nil {
+	n.offloads = a.Features & guestOffloads
+	n.filter.VLANFilter = a.Features&featureCtrlVLAN != 0
+	return n.start(&a)
+}
+
+// start serves the queues as the driver has set it up so far; mu is held.
+func (n *Net) start(a *virtio.Activation) error {
+	if err := errors.Join(n.backend.SetOffloads(n.offloads), n.backend.SetPairs(n.pairs)); err != nil {
 		return err
 	}
-	n.filter.VLANFilter = a.Features&featureCtrlVLAN != 0
-	n.act = &a
+	n.act = a
 	if err := n.serve(); err != nil {
 		n.act = nil
+		_ = n.serve()
 		return err
 	}
 	i := 2 // 5.1.2: the control queue follows the pairs, of which there is one without MQ
@@ -217,14 +225,10 @@ func (n *Net) Activate(a virtio.Activation) error {
 
 // Reset stops all queues. MAC and filters are as at the start; the link stays as it is.
 func (n *Net) Reset() {
-	if n.ctrl != nil { // without mu, for which a command may wait
-		n.ctrl.Stop()
-		n.ctrl = nil
-	}
+	n.Pause()
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.act, n.pairs, n.announce = nil, 1, false
-	_ = n.serve()
+	n.pairs, n.offloads, n.announce = 1, 0, false
 	// A TAP that fails here is gone, which Activate will say.
 	_, _ = n.backend.SetPairs(1), n.backend.SetOffloads(0)
 	n.filter = RxFilter{MAC: n.cfg.MAC, Promiscuous: true}

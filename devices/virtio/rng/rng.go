@@ -15,7 +15,10 @@ const (
 )
 
 // Device is a virtio entropy device.
-type Device struct{ worker *virtio.Worker }
+type Device struct {
+	virtio.Stateless
+	worker *virtio.Worker
+}
 
 // New returns a device.
 func New() *Device { return new(Device) }
@@ -72,6 +75,12 @@ func (d *Device) Reset() {
 		d.worker = nil
 	}
 }
+
+// Pause implements [virtio.Device].
+func (d *Device) Pause() { d.Reset() }
+
+// Resume implements [virtio.Device].
+func (d *Device) Resume(a virtio.Activation) error { return d.Activate(a) }
 
 // Close implements [virtio.Device].
 func (d *Device) Close() error { d.Reset(); return nil }

@@ -163,12 +163,14 @@ type Ring struct {
 	avail    uint16
 	kicked   uint16 // avail at the last Kick
 	used     uint16
+	kick     func() // nil: signal the queue's Kick
 }
 
 // Request is a chain that the driver made.
 type Request struct {
 	Head uint16
 	In   [][]byte // windows of the device-writable buffers
+	in   []guestmem.Range
 	ids  []uint16
 }
 
@@ -217,6 +219,7 @@ func (r *Ring) Add(out [][]byte, in ...int) Request {
 			copy(r.d.Bytes(gpa, size), out[i])
 		} else {
 			req.In = append(req.In, r.d.Bytes(gpa, size))
+			req.in = append(req.in, guestmem.Range{Base: gpa, Size: uint64(size)})
 		}
 		r.Desc(int(id), gpa, uint32(size), flags, next)
 	}
@@ -236,6 +239,10 @@ func (r *Ring) Kick() {
 			return
 		}
 	} else if flags, _ := r.d.Mem.Load16(r.Queue.Used); flags&1 != 0 {
+		return
+	}
+	if r.kick != nil {
+		r.kick()
 		return
 	}
 	r.Queue.Kick.Signal()
