@@ -58,6 +58,7 @@ func needs(codename string) []need {
 		{"inetutils-telnet", program("telnet")},
 		{"golang-github-digitalocean-go-qemu-dev", goQEMU}, // the suite of monitors
 		{"python3", program("python3")},                    // QEMU's qmp-shell
+		{"xz-utils", program("xz")},                        // its source package
 	}
 }
 
