@@ -37,6 +37,8 @@ func run(args []string, stdout, stderr io.Writer) int {
 			break
 		}
 		_, err = io.WriteString(stdout, vmm.BashCompletion())
+	case "device":
+		err = device(args, stdout)
 	case "events":
 		err = events(args, stdout)
 	case "migrate":
@@ -117,6 +119,16 @@ func monitor(args []string, stdout io.Writer) error {
 	ctx, stop := untilSignal()
 	defer stop()
 	return client.Monitor(ctx, args[0], strings.Join(args[1:], " "), os.Stdin, stdout)
+}
+
+// device is `baton device`.
+func device(args []string, stdout io.Writer) error {
+	if len(args) == 0 || strings.HasPrefix(args[0], "-") {
+		return errors.New("device: which socket?\nusage: baton device SOCKET [add DRIVER,KEY=VALUE... | del ID [surprise]]; SOCKET is that of -qmp")
+	}
+	ctx, stop := untilSignal()
+	defer stop()
+	return client.Device(ctx, args[0], args[1:], stdout)
 }
 
 // events is `baton events`.

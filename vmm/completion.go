@@ -7,7 +7,7 @@ import (
 )
 
 // Commands are the words that `baton` takes first.
-var Commands = []string{"check", "completion", "events", "help", "migrate", "monitor", "run", "version"}
+var Commands = []string{"check", "completion", "device", "events", "help", "migrate", "monitor", "run", "version"}
 
 // BashCompletion is a script that makes bash complete baton's commands and options, the
 // kinds that options take, and otherwise files.

@@ -23,6 +23,7 @@ const helpHead = `baton: a virtual machine monitor whose guests keep their netwo
 usage: baton [run] [OPTION...] [IMAGE]   start a machine; IMAGE is a raw disk
        baton check [-json]               what this host can do, and how to get what it cannot
        baton completion bash             a script: eval "$(baton completion bash)"
+       baton device SOCKET [add DRIVER,KEY=VALUE... | del ID [surprise]]   list, plug in, take out
        baton events [-json] SOCKET|FILE  what happens to a machine; SOCKET is -qmp's, FILE -event-log's
        baton help
        baton migrate SOCKET URI [NAME=VALUE...]   move a guest; SOCKET is its -qmp's, URI -incoming's there
@@ -42,6 +43,7 @@ Examples:
     -netdev tap,id=net0,vhost=on -device virtio-net-pci,netdev=net0,bus=root1
   baton -device virtio-net-pci,help
   baton -m 1G -kernel vmlinuz -daemonize -serial file:serial.log -qmp unix:qmp,server,nowait
+  baton device qmp add virtio-net-pci,id=net1,netdev=net1,bus=root1
   baton monitor qmp info status
   baton monitor qmp '{"execute":"query-rx-filter"}'
   baton -m 1G -incoming tcp:0.0.0.0:4444 -qmp unix:qmp2,server,nowait disk.raw
