@@ -27,19 +27,24 @@ type verb struct {
 }
 
 var verbs = map[string]verb{
-	"@addr":      {"IFACE|MAC CIDR", 2, func(a []string) (any, error) { return addr(a[0], a[1]) }, nil},
-	"@ping":      {"ADDR COUNT INTERVAL_MS", 3, ping, nil},
-	"@lspci":     {"", 0, func([]string) (any, error) { return guest.PCITree("") }, nil},
-	"@cat":       {"FILE", 1, func(a []string) (any, error) { b, err := os.ReadFile(a[0]); return string(b), err }, nil},
-	"@blkread":   {"DEV BLOCKSIZE COUNT random|seq SECONDS", 5, blkRead, nil},
-	"@fallocate": {"FILE zero|punch OFFSET LENGTH", 4, fallocate, nil},
-	"@tcp-serve": {"ADDR", 1, tcpServe, nil},
-	"@tcp-send":  {"ADDR STREAMS SECONDS", 3, tcpSend, nil},
-	"@modprobe":  {"NAME", 1, func(a []string) (any, error) { return "", guest.LoadModule(a[0]) }, nil},
-	"@dmesg":     {"", 0, dmesg, nil},
-	"@poweroff":  {"", 0, nothing, func() { report(reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)) }},
-	"@reboot":    {"", 0, nothing, func() { report(reboot(unix.LINUX_REBOOT_CMD_RESTART)) }},
-	"@panic":     {"", 0, nothing, func() { report(os.WriteFile("/proc/sysrq-trigger", []byte("c"), 0)) }},
+	"@addr":        {"IFACE|MAC CIDR", 2, func(a []string) (any, error) { return addr(a[0], a[1]) }, nil},
+	"@ping":        {"ADDR COUNT INTERVAL_MS", 3, ping, nil},
+	"@lspci":       {"", 0, func([]string) (any, error) { return guest.PCITree("") }, nil},
+	"@cat":         {"FILE", 1, func(a []string) (any, error) { b, err := os.ReadFile(a[0]); return string(b), err }, nil},
+	"@blkread":     {"DEV BLOCKSIZE COUNT random|seq SECONDS", 5, blkRead, nil},
+	"@fallocate":   {"FILE zero|punch OFFSET LENGTH", 4, fallocate, nil},
+	"@tcp-serve":   {"ADDR", 1, tcpServe, nil},
+	"@tcp-send":    {"ADDR STREAMS SECONDS", 3, tcpSend, nil},
+	"@stamp":       {"SIZE_MIB RATE_MIB_S", 2, stampRAM, nil},
+	"@blkstamp":    {"DEV RATE_MIB_S", 2, stampDisk, nil},
+	"@tcp-stamp":   {"ADDR", 1, stampTCP, nil},
+	"@stamp-check": {"", 0, checkStamps, nil},
+	"@clock":       {"", 0, clock, nil},
+	"@modprobe":    {"NAME", 1, func(a []string) (any, error) { return "", guest.LoadModule(a[0]) }, nil},
+	"@dmesg":       {"", 0, dmesg, nil},
+	"@poweroff":    {"", 0, nothing, func() { report(reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)) }},
+	"@reboot":      {"", 0, nothing, func() { report(reboot(unix.LINUX_REBOOT_CMD_RESTART)) }},
+	"@panic":       {"", 0, nothing, func() { report(os.WriteFile("/proc/sysrq-trigger", []byte("c"), 0)) }},
 }
 
 func runVerb(name string, args []string) proto.Response {
