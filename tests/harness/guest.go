@@ -29,6 +29,7 @@ type GuestConfig struct {
 	VMM     string // Baton(t) if empty
 	Args    []string
 	NoAgent bool
+	Host    *Host // whose namespace the VMM runs in; nil: the host under test
 }
 
 // A Guest is a running VMM process.
@@ -91,6 +92,9 @@ func Start(t testing.TB, c GuestConfig) *Guest {
 		args = append(args, "-event-log", "/proc/self/fd/3")
 	}
 	g.cmd = exec.Command(c.VMM, args...)
+	if c.Host != nil { // which execs the VMM: it is the same process
+		g.cmd = exec.Command("ip", append([]string{"netns", "exec", c.Host.Name, c.VMM}, args...)...)
+	}
 	g.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
 
 	dir := Artifacts(t)
@@ -188,6 +192,9 @@ var (
 	startOnce sync.Once
 	starts    = make(chan func())
 )
+
+// Name is that of its files among the artifacts.
+func (g *Guest) Name() string { return g.name }
 
 // PID is the VMM's process id.
 func (g *Guest) PID() int { return g.cmd.Process.Pid }

@@ -1,0 +1,178 @@
+package harness
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+)
+
+// A Pinger sends echo requests at a fixed pace and knows when each answer came: how long a
+// guest was out of reach, and when.
+type Pinger struct {
+	t    testing.TB
+	conn *net.IPConn
+	stop chan struct{}
+	done sync.WaitGroup
+
+	mu    sync.Mutex
+	sent  []time.Time // by number
+	heard []time.Time // zero: no answer
+}
+
+// An Outage is a time without answers.
+type Outage struct {
+	From, To time.Time // of the last answer before it and the first one after it
+	Lost     int       // requests that were sent in it and never answered
+}
+
+// Duration is its length.
+func (o Outage) Duration() time.Duration { return o.To.Sub(o.From) }
+
+// Pings is what a Pinger has seen.
+type Pings struct {
+	Sent, Lost int
+	Outages    []Outage // of all times between two answers, the longest first
+}
+
+// Longest is the longest outage.
+func (p Pings) Longest() Outage {
+	if len(p.Outages) == 0 {
+		return Outage{}
+	}
+	return p.Outages[0]
+}
+
+func (p Pings) String() string {
+	o := p.Longest()
+	return fmt.Sprintf("%d sent, %d lost, longest outage %v (%d lost)", p.Sent, p.Lost, o.Duration().Round(10*time.Microsecond), o.Lost)
+}
+
+// Pinger starts one in the peer's namespace, which ends with the test at the latest. The
+// guest answers already.
+func (p *Peer) Pinger(addr string, interval time.Duration) *Pinger {
+	p.t.Helper()
+	var conn net.Conn
+	must(p.t, "ping "+addr, p.Do(func() (err error) { conn, err = net.Dial("ip4:icmp", addr); return err }))
+	return newPinger(p.t, conn.(*net.IPConn), interval)
+}
+
+func newPinger(t testing.TB, conn *net.IPConn, interval time.Duration) *Pinger {
+	p := &Pinger{t: t, conn: conn, stop: make(chan struct{})}
+	p.done.Go(func() { p.send(interval) })
+	p.done.Go(p.receive)
+	t.Cleanup(func() { p.Stop() })
+	return p
+}
+
+// pingID marks the requests as ours: identifier of RFC 792, and the beginning of the data.
+const pingID = 0xba70
+
+func (p *Pinger) send(interval time.Duration) {
+	ticks := time.NewTicker(interval)
+	defer ticks.Stop()
+	start := time.Now()
+	for {
+		// The number of requests follows the clock: a ticker drops ticks on a busy host.
+		for range max(0, int(time.Since(start)/interval)-p.count()) {
+			p.mu.Lock()
+			n := len(p.sent)
+			p.sent, p.heard = append(p.sent, time.Now()), append(p.heard, time.Time{})
+			p.mu.Unlock()
+			m := make([]byte, 8+8, 64) // type 8, code, checksum, identifier, sequence, number
+			m[0] = 8
+			binary.BigEndian.PutUint16(m[4:], pingID)
+			binary.BigEndian.PutUint16(m[6:], uint16(n))
+			binary.BigEndian.PutUint64(m[8:], uint64(n))
+			sum := uint32(0)
+			for i := 0; i < len(m); i += 2 {
+				sum += uint32(binary.BigEndian.Uint16(m[i:]))
+			}
+			sum = sum>>16 + sum&0xffff
+			binary.BigEndian.PutUint16(m[2:], ^uint16(sum+sum>>16))
+			_, _ = p.conn.Write(m) // the guest may be away
+		}
+		select {
+		case <-ticks.C:
+		case <-p.stop:
+			return
+		}
+	}
+}
+
+func (p *Pinger) count() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.sent)
+}
+
+func (p *Pinger) receive() {
+	buf := make([]byte, 1500)
+	for {
+		n, _, err := p.conn.ReadFrom(buf) // which leaves out the IP header
+		now := time.Now()
+		select {
+		case <-p.stop:
+			return
+		default:
+		}
+		if err != nil || n < 16 || buf[0] != 0 || binary.BigEndian.Uint16(buf[4:]) != pingID {
+			continue
+		}
+		i := binary.BigEndian.Uint64(buf[8:])
+		p.mu.Lock()
+		if i < uint64(len(p.heard)) && p.heard[i].IsZero() {
+			p.heard[i] = now
+		}
+		p.mu.Unlock()
+	}
+}
+
+// Pings returns what it has seen so far. Requests that are still under way, which are those after the
+// last one that was answered, do not count.
+func (p *Pinger) Pings() (r Pings) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	last := len(p.heard)
+	for last > 0 && p.heard[last-1].IsZero() {
+		last--
+	}
+	var answers []time.Time
+	var lost []time.Time
+	for i := range last {
+		if p.heard[i].IsZero() {
+			lost = append(lost, p.sent[i])
+		} else {
+			answers = append(answers, p.heard[i])
+		}
+	}
+	slices.SortFunc(answers, time.Time.Compare)
+	r.Sent, r.Lost = last, len(lost)
+	for i := 1; i < len(answers); i++ {
+		o := Outage{From: answers[i-1], To: answers[i]}
+		for _, at := range lost {
+			if at.After(o.From) && at.Before(o.To) {
+				o.Lost++
+			}
+		}
+		r.Outages = append(r.Outages, o)
+	}
+	slices.SortStableFunc(r.Outages, func(a, b Outage) int { return int(b.Duration() - a.Duration()) })
+	return r
+}
+
+// Stop ends it.
+func (p *Pinger) Stop() {
+	p.mu.Lock()
+	select {
+	case <-p.stop:
+	default:
+		close(p.stop)
+		p.conn.Close()
+	}
+	p.mu.Unlock()
+	p.done.Wait()
+}
