@@ -217,9 +217,6 @@ func (m *Machine) openChar(ctx context.Context, owner, spec string) (*char.Port,
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", owner, err)
 	}
-	if s.Kind == char.PTY {
-		m.log.Info(fmt.Sprintf("char device redirected to %s (%s)", p.Name(), owner))
-	}
 	return p, nil
 }
 

@@ -84,7 +84,6 @@ var (
 		{name: "file", help: "write to a file", props: []prop{chardevID, {name: "path", required: true, help: "the file"}}},
 		{name: "stdio", help: "this terminal", props: []prop{chardevID}},
 		{name: "null", help: "nothing", props: []prop{chardevID}},
-		{name: "pty", help: "a new pseudo terminal", props: []prop{chardevID}},
 	}
 	monitorKinds = []schema{{name: "mon", props: []prop{
 		{name: "chardev", required: true, help: "id of the -chardev"},

@@ -105,7 +105,7 @@ func options() []option {
 		{name: "netdev", arg: "tap,id=ID[,KEY=VALUE...]", group: groupHost, help: "ifname=, script=, downscript=, vhost=on|off, queues=, fd=, fds=", key: "type", kinds: netdevKinds, add: (*parser).addNetdev},
 		{name: "drive", arg: "file=FILE[,KEY=VALUE...]", group: groupHost, help: "raw disk: if=virtio|none, id=, readonly=, cache=, serial=", kinds: driveKinds, add: (*parser).addDrive},
 		{name: "blockdev", arg: "DRIVER,node-name=ID...", group: groupHost, help: "the host's side of a disk: file,filename= or raw,file=NODE", key: "driver", kinds: blockdevKinds, add: (*parser).addBlockdev},
-		{name: "chardev", arg: "KIND,id=ID[,KEY=VALUE...]", group: groupHost, help: "socket, file, stdio, pty or null", key: "backend", kinds: chardevKinds, add: (*parser).addChardev},
+		{name: "chardev", arg: "KIND,id=ID[,KEY=VALUE...]", group: groupHost, help: "socket, file, stdio or null", key: "backend", kinds: chardevKinds, add: (*parser).addChardev},
 		{name: "serial", arg: "DEV", group: groupHost, help: "COM1: stdio, mon:stdio (monitor: C-a c), file:PATH, unix:PATH,..., none",
 			set: func(p *parser, arg string) error { p.cfg.Serials = append(p.cfg.Serials, arg); return nil }},
 		{name: "object", arg: "KIND,id=ID[,KEY=VALUE...]", group: groupHost, help: "memory-backend-memfd,size=,hugetlb=on, rng-random", key: "qom-type", kinds: objectKinds, add: (*parser).addObject},

@@ -10,9 +10,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"golang.org/x/sys/unix"
-	"golang.org/x/term"
 )
 
 const (
@@ -66,8 +63,6 @@ func (p *Port) open(ctx context.Context, spec Spec, o Options) (err error) {
 		}
 	case File:
 		p.peer, err = openFile(spec.Path)
-	case PTY:
-		p.peer, p.name, err = openPTY()
 	case Unix, TCP:
 		if spec.Telnet {
 			return errors.New("only a monitor speaks telnet\nuse tcp: instead")
@@ -89,8 +84,7 @@ func (p *Port) open(ctx context.Context, spec Spec, o Options) (err error) {
 	return err
 }
 
-// Name is what the other side connects to: the address of a server, the path of a pseudo
-// terminal; otherwise the kind.
+// Name is what the other side connects to, the address of a server; otherwise the kind.
 func (p *Port) Name() string { return p.name }
 
 // Dropped is how many bytes of output nobody took.
@@ -234,45 +228,3 @@ func (s *sink) Close() error {
 	close(s.gone)
 	return s.WriteCloser.Close()
 }
-
-// pty is the master of a pseudo terminal. The slave is kept open, for the master reads an
-// error while nobody has it open.
-type pty struct {
-	*os.File
-	slave *os.File
-}
-
-func openPTY() (io.ReadWriteCloser, string, error) {
-	fd, err := unix.Open("/dev/ptmx", unix.O_RDWR|unix.O_NOCTTY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, "", os.NewSyscallError("open /dev/ptmx", err)
-	}
-	master := os.NewFile(uintptr(fd), "/dev/ptmx")
-	slave, err := openSlave(fd)
-	if err != nil {
-		master.Close()
-		return nil, "", err
-	}
-	return &pty{master, slave}, slave.Name(), nil
-}
-
-func openSlave(master int) (*os.File, error) {
-	if err := unix.IoctlSetPointerInt(master, unix.TIOCSPTLCK, 0); err != nil {
-		return nil, fmt.Errorf("unlock: %w", err)
-	}
-	n, err := unix.IoctlGetInt(master, unix.TIOCGPTN)
-	if err != nil {
-		return nil, fmt.Errorf("number: %w", err)
-	}
-	slave, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), unix.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		return nil, err
-	}
-	if _, err := term.MakeRaw(int(slave.Fd())); err != nil {
-		slave.Close()
-		return nil, err
-	}
-	return slave, nil
-}
-
-func (t *pty) Close() error { return errors.Join(t.File.Close(), t.slave.Close()) }

@@ -367,31 +367,26 @@ func TestStuckPeer(t *testing.T) {
 	ends(t, p)
 }
 
-func TestPTY(t *testing.T) {
-	p := open(t, "pty")
-	if !strings.HasPrefix(p.Name(), "/dev/pts/") {
-		t.Fatalf("name %q", p.Name())
-	}
-	for range 2 { // programs come and go
-		tty, err := os.OpenFile(p.Name(), os.O_RDWR|unix.O_NOCTTY, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		say(t, p, "login: \n")
-		hear(t, tty, "login: \n")
-		say(t, tty, "root\r")
-		hear(t, p, "root\r")
-		tty.Close()
-	}
-	ends(t, p)
-}
-
-// terminal returns a pseudo terminal as a user has it, not raw.
+// terminal returns a pseudo terminal as a user has it, not raw. What is typed at the Port is
+// typed at the terminal.
 func terminal(t *testing.T) (master *Port, tty *os.File) {
 	t.Helper()
-	master = open(t, "pty")
-	tty, err := os.OpenFile(master.Name(), os.O_RDWR|unix.O_NOCTTY, 0)
+	fd, err := unix.Open("/dev/ptmx", unix.O_RDWR|unix.O_NOCTTY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
+		t.Fatal(err)
+	}
+	master = &Port{peer: os.NewFile(uintptr(fd), "/dev/ptmx"), drained: make(chan struct{})}
+	master.change.L = &master.mu
+	go master.drain()
+	t.Cleanup(func() { master.Close() })
+	n, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0); err != nil {
+		t.Fatal(err)
+	}
+	if tty, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { tty.Close() })

@@ -26,7 +26,6 @@ const (
 	File  Kind = "file"  // output goes to a file, which is truncated first
 	Unix  Kind = "unix"  // a Unix stream socket
 	TCP   Kind = "tcp"
-	PTY   Kind = "pty" // a new pseudo terminal
 )
 
 // Spec says what to open.
@@ -39,7 +38,7 @@ type Spec struct {
 	Telnet  bool   `json:"telnet,omitempty"`  // TCP: for a monitor whose clients speak telnet
 }
 
-const accepted = "accepted: stdio, mon:stdio, null, none, pty, file:PATH, " +
+const accepted = "accepted: stdio, mon:stdio, null, none, file:PATH, " +
 	"unix:PATH[,server=on|off][,wait=on|off], tcp:HOST:PORT[,server=on|off][,wait=on|off], " +
 	"for a monitor telnet:HOST:PORT[,server=on|off][,wait=on|off]"
 
@@ -57,7 +56,7 @@ func parse(s string) (Spec, error) {
 	kind, rest, hasRest := strings.Cut(s, ":")
 	spec := Spec{Kind: Kind(kind)}
 	switch spec.Kind {
-	case None, Null, Stdio, PTY:
+	case None, Null, Stdio:
 		if hasRest {
 			return spec, fmt.Errorf("%s takes nothing after the colon, not %q", kind, rest)
 		}

@@ -11,7 +11,6 @@ func TestParse(t *testing.T) {
 		"mon:stdio": {Kind: Stdio, Monitor: true},
 		"null":      {Kind: Null},
 		"none":      {Kind: None},
-		"pty":       {Kind: PTY},
 
 		"file:/tmp/a,b:c":  {Kind: File, Path: "/tmp/a,b:c"},
 		"unix:/s":          {Kind: Unix, Path: "/s"},
@@ -44,7 +43,7 @@ func TestParseErrors(t *testing.T) {
 		"stdio:x":               `stdio takes nothing after the colon, not "x"`,
 		"null:":                 `null takes nothing after the colon, not ""`,
 		"mon:":                  `the monitor can share stdio only, not ""`,
-		"mon:pty":               `not "pty"`,
+		"mon:null":              `not "null"`,
 		"file:":                 `the path is missing`,
 		"file":                  `the path is missing`,
 		"unix:":                 `the path is missing`,
@@ -76,7 +75,7 @@ func TestParseErrors(t *testing.T) {
 
 // FuzzParse checks that whatever is accepted can be opened as it says.
 func FuzzParse(f *testing.F) {
-	for _, s := range []string{"mon:stdio", "file:/x", "unix:/a,,b,server=on,wait=off", "tcp:[::1]:1,server,nowait", "pty", ","} {
+	for _, s := range []string{"mon:stdio", "file:/x", "unix:/a,,b,server=on,wait=off", "tcp:[::1]:1,server,nowait", ","} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
