@@ -1,0 +1,72 @@
+package steer
+
+import (
+	"errors"
+	"fmt"
+
+	"baton/devices/tap"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// packetHdrSize is the length of the struct virtio_net_hdr before each frame of a packet
+// socket: packet(7), PACKET_VNET_HDR.
+const packetHdrSize = 10
+
+// Uplink is an interface by which a primary that is no VF can be reached: a port of the TAP's
+// bridge that is neither the TAP nor another one's; "" if there is none.
+func (s *Steerer) Uplink() string {
+	if s.c.Off || s.c.Script != "" {
+		return ""
+	}
+	tapLink, err := netlink.LinkByName(s.c.TAP)
+	if err != nil || tapLink.Attrs().MasterIndex == 0 {
+		return ""
+	}
+	links, err := netlink.LinkList()
+	if err != nil {
+		return ""
+	}
+	for _, l := range links {
+		if l.Attrs().MasterIndex == tapLink.Attrs().MasterIndex && l.Type() != "tuntap" {
+			return l.Attrs().Name
+		}
+	}
+	return ""
+}
+
+// Send sends frames as they come out of a TAP, each with a header of tap.HeaderSize bytes, by an
+// interface: a PF hands on those for its VFs. It returns how many were sent.
+func Send(ifname string, frames [][]byte) (sent int, err error) {
+	if len(frames) == 0 {
+		return 0, nil
+	}
+	link, err := netlink.LinkByName(ifname)
+	if err != nil {
+		return 0, fmt.Errorf("send by %s: %w", ifname, err)
+	}
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0, fmt.Errorf("send by %s: %w", ifname, err)
+	}
+	defer unix.Close(fd)
+	if err := unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_VNET_HDR, 1); err != nil {
+		return 0, fmt.Errorf("send by %s: %w", ifname, err)
+	}
+	to := &unix.SockaddrLinklayer{Ifindex: link.Attrs().Index, Halen: 6}
+	var errs []error
+	for _, f := range frames {
+		if len(f) < tap.HeaderSize+14 {
+			continue
+		}
+		packet := append(append([]byte(nil), f[:packetHdrSize]...), f[tap.HeaderSize:]...)
+		copy(to.Addr[:], f[tap.HeaderSize:])
+		if serr := unix.Sendto(fd, packet, 0, to); serr == nil {
+			sent++
+		} else if len(errs) == 0 {
+			errs = append(errs, fmt.Errorf("send by %s: %w", ifname, serr))
+		}
+	}
+	return sent, errors.Join(errs...)
+}

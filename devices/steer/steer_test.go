@@ -1,0 +1,188 @@
+package steer
+
+import (
+	"bytes"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"baton/devices/tap"
+	"baton/devices/tap/taptest"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+var mac = net.HardwareAddr{0x52, 0x54, 0, 1, 2, 3}
+
+// bridge makes a bridge with a TAP and, as its uplink, one end of a veth pair.
+func bridge(t *testing.T) {
+	t.Helper()
+	taptest.Netns(t)
+	br := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0"}}
+	links := []netlink.Link{br,
+		&netlink.Tuntap{LinkAttrs: netlink.LinkAttrs{Name: "tap0"}, Mode: netlink.TUNTAP_MODE_TAP},
+		&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "pf0"}, PeerName: "wire0"},
+		&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "pf1"}, PeerName: "wire1"},
+	}
+	for _, l := range links {
+		if err := netlink.LinkAdd(l); err != nil {
+			t.Skipf("add %s: %v", l.Attrs().Name, err)
+		}
+	}
+	for _, name := range []string{"br0", "tap0", "pf0", "wire0", "pf1"} {
+		l, err := netlink.LinkByName(name)
+		if err == nil {
+			err = netlink.LinkSetUp(l)
+		}
+		if err == nil && (name == "tap0" || name == "pf0") {
+			err = netlink.LinkSetMaster(l, br)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// where lists what the bridge and the interfaces know of the MAC.
+func where(t *testing.T) string {
+	t.Helper()
+	var list []string
+	for _, name := range []string{"tap0", "pf0", "pf1"} {
+		l, err := netlink.LinkByName(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		entries, err := netlink.NeighList(l.Attrs().Index, unix.AF_BRIDGE)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range entries {
+			if bytes.Equal(e.HardwareAddr, mac) {
+				kind := "entry"
+				if e.MasterIndex == 0 {
+					kind = "filter"
+				}
+				list = append(list, name+" "+kind)
+			}
+		}
+	}
+	return strings.Join(list, ", ")
+}
+
+func TestSteps(t *testing.T) {
+	bridge(t)
+	for _, step := range []struct {
+		step Step
+		pf   string
+		want string
+	}{
+		{Standby, "", "tap0 entry"},
+		{Both, "", "tap0 entry"},
+		{Primary, "", ""}, // wherever the bridge learns that it is
+		{Both, "", "tap0 entry"},
+		{Standby, "", "tap0 entry"},
+		{Gone, "", ""},
+		{Gone, "", ""},
+	} {
+		if err := New(Config{MAC: mac, TAP: "tap0"}).Do(t.Context(), step.step, VF{PF: step.pf}); err != nil {
+			t.Fatal(err)
+		}
+		if got := where(t); got != step.want {
+			t.Fatalf("%s: %q, want %q", step.step, got, step.want)
+		}
+	}
+}
+
+// The filter of a PF, which need not be in the bridge, comes and goes.
+func TestFilter(t *testing.T) {
+	bridge(t)
+	s := New(Config{MAC: mac, TAP: "tap0"})
+	for _, c := range []struct{ pf, want string }{
+		{"pf0", "pf0 filter"}, {"pf0", "pf0 filter"}, {"pf1", "pf1 filter"}, {"", ""},
+	} {
+		if err := s.filter(c.pf); err != nil {
+			t.Fatal(err)
+		}
+		if got := where(t); got != c.want {
+			t.Fatalf("%s: %q, want %q", c.pf, got, c.want)
+		}
+	}
+	for _, port := range []string{"tap0", "pf0", "pf1", ""} {
+		if err := s.entry(port); err != nil {
+			t.Fatal(err)
+		}
+		want := map[string]string{"tap0": "tap0 entry", "pf0": "pf0 entry"}[port]
+		if got := where(t); got != want {
+			t.Fatalf("entry %s: %q, want %q", port, got, want)
+		}
+	}
+}
+
+// A PF that refuses does not keep the bridge from forwarding.
+func TestRefused(t *testing.T) {
+	bridge(t)
+	s := New(Config{MAC: mac, TAP: "tap0"})
+	err := s.Do(t.Context(), Standby, VF{PF: "pf0", Index: 3})
+	if err == nil || !strings.Contains(err.Error(), "steer 52:54:00:01:02:03 to standby: give VF 3 of pf0 the MAC 00:00:00:00:00:00: ") {
+		t.Error(err)
+	}
+	if got := where(t); got != "tap0 entry" {
+		t.Error(got)
+	}
+	if err := s.Do(t.Context(), Both, VF{PF: "nosuch"}); err == nil {
+		t.Error("a PF that there is not")
+	}
+}
+
+func TestScript(t *testing.T) {
+	dir := t.TempDir()
+	script, out := filepath.Join(dir, "steer"), filepath.Join(dir, "out")
+	text := fmt.Sprintf("#!/bin/sh\necho $1 $BATON_MAC $BATON_TAP $BATON_PF $BATON_VF >> %s\n[ $1 != mac ]\n", out)
+	if err := os.WriteFile(script, []byte(text), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	s := New(Config{MAC: mac, TAP: "tap0", Script: script})
+	if err := s.Do(t.Context(), Standby, VF{PF: "pf0", Index: 3}); err != nil {
+		t.Error(err)
+	}
+	if err := s.Do(t.Context(), Primary, VF{}); err != nil {
+		t.Error(err)
+	}
+	if err := s.Do(t.Context(), GiveMAC, VF{}); err == nil {
+		t.Error("a script that fails")
+	}
+	got, _ := os.ReadFile(out)
+	if want := "standby 52:54:00:01:02:03 tap0 pf0 3\nprimary 52:54:00:01:02:03 tap0\nmac 52:54:00:01:02:03 tap0\n"; string(got) != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
+
+func TestOff(t *testing.T) {
+	if err := New(Config{Off: true}).Do(t.Context(), Both, VF{PF: "nosuch"}); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestSend(t *testing.T) {
+	bridge(t)
+	s := New(Config{MAC: mac, TAP: "tap0"})
+	if got := s.Uplink(); got != "pf0" {
+		t.Fatalf("uplink %q", got)
+	}
+	wire := taptest.NewSocket(t, "wire0", taptest.EtherType, false)
+	frame := taptest.Frame(7, 80)
+	sent, err := Send("pf0", [][]byte{append(make([]byte, tap.HeaderSize), frame...), {1, 2, 3}})
+	if sent != 1 || err != nil {
+		t.Fatal(sent, err)
+	}
+	if got := wire.Recv(); !bytes.Equal(got, frame) {
+		t.Errorf("received % x", got)
+	}
+	if _, err := Send("nosuch", [][]byte{frame}); err == nil {
+		t.Error("no error")
+	}
+}
