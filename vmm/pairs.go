@@ -124,10 +124,11 @@ func (m *Machine) addPrimary(d *Device) (bool, error) {
 	return true, nil
 }
 
-// negotiated is told by a standby's driver that it serves the device, with or without STANDBY.
-func (m *Machine) negotiated(standby string, yes bool) {
+// negotiated is told that a standby's driver uses the device, with or without STANDBY. One
+// that goes on, on another host perhaps, may have been here before.
+func (m *Machine) negotiated(standby string, yes, goesOn bool) {
 	p := m.pairOf(standby)
-	if p == nil {
+	if p == nil || goesOn && yes == p.Status().Negotiated {
 		return
 	}
 	if yes {
@@ -137,16 +138,16 @@ func (m *Machine) negotiated(standby string, yes bool) {
 }
 
 // standbyActivated is what a standby's model calls; nil for other devices.
-func (m *Machine) standbyActivated(d *Device) func(features uint64) {
+func (m *Machine) standbyActivated(d *Device) func(features uint64, goesOn bool) {
 	if !d.isStandby() {
 		return nil
 	}
 	id := d.ID
-	return func(features uint64) { // from a vCPU's thread
+	return func(features uint64, goesOn bool) { // from a vCPU's thread
 		boot := m.boots.Load()
 		m.post(func() {
 			if boot == m.boots.Load() {
-				m.negotiated(id, features&virtionet.FeatureStandby != 0)
+				m.negotiated(id, features&virtionet.FeatureStandby != 0, goesOn)
 			}
 		})
 	}

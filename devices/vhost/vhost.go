@@ -182,6 +182,32 @@ func (n *Net) Stop() (base [2]uint16, err error) {
 	return base, err
 }
 
+// StopRing ends the service of one ring, 0 or 1, of a device that serves both, and returns
+// where it stands. The other one goes on.
+func (n *Net) StopRing(i int) (base uint16, err error) {
+	err = ioctl(n.fd, netSetBackend, &vringFile{uint32(i), -1})
+	s := vringState{index: uint32(i)}
+	if err == nil {
+		err = ioctl(n.fd, getVringBase, &s)
+	}
+	if err != nil {
+		return 0, fmt.Errorf("stop ring %d of vhost-net: %w", i, err)
+	}
+	return uint16(s.num), nil
+}
+
+// StartRing continues what StopRing has ended, from base on.
+func (n *Net) StartRing(i int, base uint16, tap int) error {
+	err := ioctl(n.fd, setVringBase, &vringState{uint32(i), uint32(base)})
+	if err == nil {
+		err = ioctl(n.fd, netSetBackend, &vringFile{uint32(i), int32(tap)})
+	}
+	if err != nil {
+		return fmt.Errorf("continue ring %d of vhost-net: %w", i, err)
+	}
+	return nil
+}
+
 // detach takes the TAP away, which waits for the worker. It fails only for a ring that the
 // worker does not serve.
 func (n *Net) detach() {

@@ -21,6 +21,11 @@ type Backend interface {
 	// Stop ends that. When it returns, the queues stand where a later Start continues, and
 	// their memory is left alone; what comes from the host waits, as long as there is room.
 	Stop(pair int)
+	// Detach ends receiving for a pair that is served, and returns who keeps what comes. Attach,
+	// once that has ended, continues, with frames before all others. A pair that is detached
+	// can be stopped.
+	Detach(pair int) (*holder, error)
+	Attach(pair int, frames [][]byte, a *virtio.Activation) error
 	// SetPairs has the host spread what it sends over the first n pairs.
 	SetPairs(n int) error
 	// SetOffloads says, in feature bits, which unfinished frames the driver takes.
@@ -98,12 +103,15 @@ type vhostBackend struct {
 	host
 	nets   []*vhost.Net
 	queues [][]*virtio.Queue // receive and transmit of each pair that is served
+
+	detached []bool    // of each pair: the receive queue stands where the queue says
+	replays  []*replay // of each pair
 }
 
 // NewVhost returns a backend that leaves the frames to the kernel, with one instance of
 // vhost-net for each queue of the TAP. It takes all of them, also when it fails.
 func NewVhost(t *tap.TAP, nets []*vhost.Net) (Backend, error) {
-	b := &vhostBackend{host{t}, nets, make([][]*virtio.Queue, len(nets))}
+	b := &vhostBackend{host{t}, nets, make([][]*virtio.Queue, len(nets)), make([]bool, len(nets)), make([]*replay, len(nets))}
 	if len(nets) != t.Queues() {
 		return nil, errors.Join(fmt.Errorf("vhost-net on TAP %s: %d instances for %d queues", t.Name(), len(nets), t.Queues()), b.Close())
 	}
@@ -128,14 +136,15 @@ func (b *vhostBackend) Start(pair int, a *virtio.Activation) error {
 	if err := n.Start(a.Mem, features, rings, b.tap.FD(pair), a.Failed); err != nil {
 		return err
 	}
-	b.queues[pair] = queues
+	b.queues[pair], b.detached[pair] = queues, false
 	return nil
 }
 
 func (b *vhostBackend) Stop(pair int) {
+	b.endReplay(pair)
 	base, err := b.nets[pair].Stop()
 	for i, q := range b.queues[pair] {
-		if err == nil { // it does not fail on a device that was started
+		if err == nil && (i > 0 || !b.detached[pair]) { // it does not fail on a device that was started
 			q.Seek(base[i])
 		}
 	}

@@ -93,8 +93,8 @@ type Config struct {
 	// returns.
 	FilterChanged func()
 	// Activated, which may be nil, is called with the features that the driver has acked each
-	// time it begins to use the device. It must not wait for the device.
-	Activated func(features uint64)
+	// time it begins to use the device, or goes on to. It must not wait for the device.
+	Activated func(features uint64, goesOn bool)
 }
 
 // Net is the device. It is a virtio.Device; SetLink, Announce and RxFilter may be called at any time.
@@ -111,6 +111,7 @@ type Net struct {
 	pairs    int                // that the driver uses
 	offloads uint64             // that the driver uses, in feature bits
 	running  int                // that the backend serves
+	held     []*holder          // of each of those, while frames are held
 	filter   RxFilter
 }
 
@@ -193,7 +194,7 @@ func (n *Net) setConfig() {
 // Activate serves the first pair, until the driver asks for more, and the control queue.
 func (n *Net) Activate(a virtio.Activation) error {
 	if n.cfg.Activated != nil {
-		n.cfg.Activated(a.Features)
+		n.cfg.Activated(a.Features, false)
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -262,6 +263,13 @@ func (n *Net) serve() error {
 	want := 0
 	if n.act != nil && n.up {
 		want = n.pairs
+	}
+	if n.running != want && n.held != nil {
+		if n.act == nil {
+			n.stopHolding()
+		} else if err := n.release((*holder).end); err != nil {
+			return err
+		}
 	}
 	for n.running > want {
 		n.running--

@@ -54,12 +54,16 @@ func (f *fake) take() string {
 func (f *fake) Features() uint64                           { return virtio.CoreFeatures | featureMergeRX | guestOffloads }
 func (f *fake) Pairs() int                                 { return f.pairs }
 func (f *fake) Start(pair int, _ *virtio.Activation) error { return f.do("start %d", pair) }
-func (f *fake) Stop(pair int)                              { _ = f.do("stop %d", pair) }
-func (f *fake) SetPairs(n int) error                       { return f.do("pairs %d", n) }
-func (f *fake) SetOffloads(features uint64) error          { return f.do("offloads %#x", features) }
-func (f *fake) Send(frame []byte) error                    { return f.do("send %x", frame) }
-func (f *fake) Discard()                                   { _ = f.do("discard") }
-func (f *fake) Close() error                               { return f.do("close") }
+func (f *fake) Detach(pair int) (*holder, error)           { return nil, f.do("detach %d", pair) }
+func (f *fake) Attach(pair int, _ [][]byte, _ *virtio.Activation) error {
+	return f.do("attach %d", pair)
+}
+func (f *fake) Stop(pair int)                     { _ = f.do("stop %d", pair) }
+func (f *fake) SetPairs(n int) error              { return f.do("pairs %d", n) }
+func (f *fake) SetOffloads(features uint64) error { return f.do("offloads %#x", features) }
+func (f *fake) Send(frame []byte) error           { return f.do("send %x", frame) }
+func (f *fake) Discard()                          { _ = f.do("discard") }
+func (f *fake) Close() error                      { return f.do("close") }
 
 // newFake returns a device on a fake backend with the log empty.
 func newFake(t testing.TB, c Config, pairs int) (*Net, *fake) {

@@ -44,6 +44,9 @@ func (n *Net) Pause() {
 
 // Resume implements [virtio.Device].
 func (n *Net) Resume(a virtio.Activation) error {
+	if n.cfg.Activated != nil {
+		n.cfg.Activated(a.Features, true)
+	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return n.start(&a)

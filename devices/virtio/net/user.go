@@ -2,6 +2,7 @@ package net
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 
 	"baton/devices"
@@ -31,8 +32,8 @@ type tapBackend struct {
 }
 
 type pair struct {
-	stop   *devices.EventFD // readable: end waiting for the TAP
-	rx, tx *virtio.Worker
+	rxStop, txStop *devices.EventFD // readable: end waiting for the TAP
+	rx, tx         *virtio.Worker   // rx is nil while the pair is detached
 }
 
 // NewTAP returns a backend that needs nothing but the TAP, which it takes.
@@ -45,23 +46,29 @@ func (b *tapBackend) Features() uint64 {
 }
 
 func (b *tapBackend) Start(i int, a *virtio.Activation) error {
-	stop, err := devices.NewEventFD()
+	rxStop, err := devices.NewEventFD()
 	if err != nil {
 		return err
 	}
-	port := port{b.tap, i, stop}
-	rx := &receiver{port: port, q: a.Queues[2*i], merge: a.Features&featureMergeRX != 0, spare: make([]byte, maxFrame), failed: a.Failed}
-	tx := &transmitter{port: port, q: a.Queues[2*i+1]}
-	b.pairs[i] = pair{stop, rx.q.Go(a.Failed, rx.run), tx.q.Go(a.Failed, tx.run)}
+	txStop, err := devices.NewEventFD()
+	if err != nil {
+		return errors.Join(err, rxStop.Close())
+	}
+	rx := newReceiver(port{b.tap, i, rxStop}, a, nil)
+	tx := &transmitter{port: port{b.tap, i, txStop}, q: a.Queues[2*i+1]}
+	b.pairs[i] = pair{rxStop, txStop, rx.q.Go(a.Failed, rx.run), tx.q.Go(a.Failed, tx.run)}
 	return nil
 }
 
 func (b *tapBackend) Stop(i int) {
 	p := &b.pairs[i]
-	p.stop.Signal()
-	p.rx.Stop()
+	p.rxStop.Signal()
+	p.txStop.Signal()
+	if p.rx != nil {
+		p.rx.Stop()
+	}
 	p.tx.Stop()
-	_ = p.stop.Close()
+	_, _ = p.rxStop.Close(), p.txStop.Close()
 }
 
 func (b *tapBackend) Close() error { return b.tap.Close() }
@@ -126,6 +133,8 @@ type receiver struct {
 	q      *virtio.Queue
 	merge  bool // VIRTIO_NET_F_MRG_RXBUF: a frame may span chains
 	failed func(error)
+	frames [][]byte // that come before those of the TAP
+	last   bool     // they are all
 
 	chains  []*virtio.Chain // taken and empty
 	sizes   []uint32        // their lengths
@@ -135,13 +144,19 @@ type receiver struct {
 	written []uint32
 }
 
+func newReceiver(p port, a *virtio.Activation, frames [][]byte) *receiver {
+	return &receiver{
+		port: p, q: a.Queues[2*p.queue], merge: a.Features&featureMergeRX != 0, failed: a.Failed, frames: frames, spare: make([]byte, maxFrame),
+	}
+}
+
 func (r *receiver) run(w *virtio.Worker) {
 	// Who continues takes the empty chains again. Seek forgets what is not notified.
 	defer func() {
 		r.q.Notify()
 		r.q.Seek(r.q.Position() - uint16(len(r.chains)))
 	}()
-	for burst := 0; ; {
+	for burst := 0; len(r.frames) > 0 || !r.last; {
 		if len(r.chains) == 0 && !r.take(w.Next()) {
 			return
 		}
@@ -151,7 +166,7 @@ func (r *receiver) run(w *virtio.Worker) {
 			}
 		}
 		direct := r.vector()
-		n, err := r.tap.Readv(r.queue, r.vec)
+		n, err := r.read(&direct)
 		switch err {
 		case nil:
 			if !r.deliver(w, n, direct) {
@@ -170,6 +185,17 @@ func (r *receiver) run(w *virtio.Worker) {
 			return
 		}
 	}
+}
+
+// read gets the next frame. One that was held is in spare only.
+func (r *receiver) read(direct *int) (n int, err error) {
+	if len(r.frames) == 0 {
+		return r.tap.Readv(r.queue, r.vec)
+	}
+	n = copy(r.spare, r.frames[0])
+	r.frames = r.frames[1:]
+	*direct = 0
+	return n, nil
 }
 
 // more says whether the driver can have put up further chains.

@@ -1,0 +1,169 @@
+package net
+
+import (
+	"bytes"
+	"testing"
+
+	"baton/devices/tap/taptest"
+	"baton/devices/virtio"
+	"baton/devices/virtio/virtiotest"
+)
+
+// number sends frames n to m-1.
+func number(host *taptest.Socket, n, m int) {
+	for i := n; i < m; i++ {
+		host.Send(taptest.Frame(byte(i), 100))
+	}
+}
+
+// waitHeld waits until that many frames are held.
+func waitHeld(t *testing.T, n *Net, want int) {
+	t.Helper()
+	for {
+		n.mu.Lock()
+		h := n.holding()
+		n.mu.Unlock()
+		if h.Frames+h.Dropped >= want {
+			return
+		}
+		if t.Context().Err() != nil {
+			t.Fatal("frames are missing")
+		}
+	}
+}
+
+// expect receives frames n to m-1, in that order, putting up new buffers.
+func expect(t *testing.T, rx *virtiotest.Ring, n, m int) {
+	t.Helper()
+	for i := n; i < m; i++ {
+		if _, got := receive(t, rx); !bytes.Equal(got, taptest.Frame(byte(i), 100)) {
+			t.Fatalf("frame %d: received % x", i, got[:min(20, len(got))])
+		}
+		rx.Add(nil, 1526)
+		rx.Kick()
+	}
+}
+
+// What is held comes in order, before what comes later, and more than the driver has buffers.
+func TestHold(t *testing.T) {
+	everywhere(t, 1, func(t *testing.T, dev virtio.Device) {
+		n := dev.(vectors).Net
+		d := virtiotest.NewDriver(t, dev, virtio.CoreFeatures|featureMergeRX)
+		host := taptest.NewSocket(t, "t0", taptest.EtherType, false)
+		rx, tx := d.Rings[0], d.Rings[1]
+		for range 16 {
+			rx.Add(nil, 1526)
+		}
+		rx.Kick()
+		number(host, 0, 3)
+		expect(t, rx, 0, 3)
+		for round := range 3 {
+			if err := n.Hold(); err != nil {
+				t.Fatal(err)
+			}
+			number(host, 50, 60)
+			waitHeld(t, n, 10)
+			n.Forget()
+			number(host, 3, 100)
+			waitHeld(t, n, 97)
+			transmit(tx, make([]byte, 12), taptest.Frame(1, 100)) // is not held
+			host.Recv()
+			if _, _, ok := rx.Poll(); ok {
+				t.Fatal("a frame came that should be held")
+			}
+			h, err := n.Release()
+			if err != nil || h.Frames != 97 || h.Dropped != 0 || h.Longest <= 0 {
+				t.Fatalf("round %d: %+v, %v", round, h, err)
+			}
+			number(host, 100, 110)
+			expect(t, rx, 3, 110)
+		}
+	})
+}
+
+func TestTakeHeld(t *testing.T) {
+	everywhere(t, 1, func(t *testing.T, dev virtio.Device) {
+		n := dev.(vectors).Net
+		d := virtiotest.NewDriver(t, dev, virtio.CoreFeatures)
+		host := taptest.NewSocket(t, "t0", taptest.EtherType, false)
+		rx := d.Rings[0]
+		rx.Add(nil, 1526)
+		rx.Kick()
+		if err := n.Hold(); err != nil {
+			t.Fatal(err)
+		}
+		number(host, 0, 5)
+		waitHeld(t, n, 5)
+		frames, h, err := n.TakeHeld()
+		if err != nil || h.Frames != 5 || len(frames) != 5 || !bytes.Equal(frames[4][12:], taptest.Frame(4, 100)) {
+			t.Fatalf("%d frames, %+v, %v", len(frames), h, err)
+		}
+		number(host, 5, 7)
+		expect(t, rx, 5, 7)
+	})
+}
+
+// No more is held than there is room for.
+func TestHoldLimit(t *testing.T) {
+	n := tapDevice(t, Config{MAC: testMAC}, 1).(vectors)
+	virtiotest.NewDriver(t, n, virtio.CoreFeatures)
+	host := taptest.NewSocket(t, "t0", taptest.EtherType, false)
+	if err := n.Hold(); err != nil {
+		t.Fatal(err)
+	}
+	for i := 0; i < HoldFrames+100; i += 100 {
+		number(host, 0, 100)
+		waitHeld(t, n.Net, i+100)
+	}
+	if _, h, err := n.TakeHeld(); err != nil || h.Frames != HoldFrames || h.Dropped == 0 {
+		t.Errorf("%+v, %v", h, err)
+	}
+}
+
+// A device that stops while frames are held starts again as ever.
+func TestStopWhileHolding(t *testing.T) {
+	everywhere(t, 1, func(t *testing.T, dev virtio.Device) {
+		n := dev.(vectors).Net
+		d := virtiotest.NewDriver(t, dev, virtio.CoreFeatures)
+		host := taptest.NewSocket(t, "t0", taptest.EtherType, false)
+		stop := map[string]func(){
+			"reset": func() { n.Reset(); d.Activate(virtio.CoreFeatures) },
+			"link":  func() { n.SetLink(false); n.SetLink(true) },
+			"release": func() { // a driver without buffers
+				if _, err := n.Release(); err != nil {
+					t.Error(err)
+				}
+				n.Reset()
+				d.Activate(virtio.CoreFeatures)
+			},
+		}
+		for name, f := range stop {
+			if err := n.Hold(); err != nil {
+				t.Fatal(name, err)
+			}
+			number(host, 0, 5)
+			waitHeld(t, n, 5)
+			f()
+			rx := d.Rings[0]
+			for range 16 {
+				rx.Add(nil, 1526)
+			}
+			rx.Kick()
+			number(host, 5, 7)
+			if name != "link" {
+				expect(t, rx, 5, 7)
+			}
+			n.Reset()
+			d.Activate(virtio.CoreFeatures)
+		}
+	})
+	t.Run("inactive", func(t *testing.T) {
+		n, _ := newFake(t, Config{}, 1)
+		if err := n.Hold(); err != nil {
+			t.Error(err)
+		}
+		if h, err := n.Release(); err != nil || h != (Held{}) {
+			t.Error(h, err)
+		}
+	})
+}
