@@ -9,11 +9,13 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"slices"
 	"strings"
 
 	"baton/vmm"
 	"baton/vmm/client"
+	"baton/vmm/timeline"
 
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
@@ -133,14 +135,51 @@ func device(args []string, stdout io.Writer) error {
 
 // events is `baton events`.
 func events(args []string, stdout io.Writer) error {
+	if len(args) > 0 && strings.TrimLeft(args[0], "-") == "timeline" {
+		return drawTimeline(args[1:], stdout)
+	}
 	asJSON := slices.Contains(args, "-json")
 	args = slices.DeleteFunc(slices.Clone(args), func(a string) bool { return a == "-json" })
 	if len(args) != 1 || strings.HasPrefix(args[0], "-") {
-		return errors.New("events: of which machine?\nusage: baton events [-json] SOCKET|FILE; SOCKET is that of -qmp, FILE that of -event-log")
+		return errors.New("events: of which machine?\nusage: baton events [-json] SOCKET|FILE; SOCKET is that of -qmp, FILE that of -event-log\n" +
+			"       baton events -timeline FILE FILE [NAME=SERIES...] > OUT.html; the logs of source and target, SERIES has lines of TIME,VALUE")
 	}
 	ctx, stop := untilSignal()
 	defer stop()
 	return client.Events(ctx, args[0], asJSON, stdout)
+}
+
+// drawTimeline is `baton events -timeline`.
+func drawTimeline(args []string, stdout io.Writer) error {
+	p := timeline.Page{Title: "A guest's way"}
+	for _, arg := range args {
+		name, file, isSeries := strings.Cut(arg, "=")
+		if !isSeries {
+			file = arg
+		}
+		f, err := os.Open(file)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		if isSeries {
+			points, err := timeline.ReadPoints(f)
+			if err != nil {
+				return fmt.Errorf("%s: %w", file, err)
+			}
+			p.Series = append(p.Series, timeline.Series{Name: name, Points: points})
+			continue
+		}
+		events, err := timeline.ReadEvents(f)
+		if err != nil {
+			return fmt.Errorf("%s: %w", file, err)
+		}
+		p.Sides = append(p.Sides, timeline.Side{Name: filepath.Base(file), Events: events})
+	}
+	if len(p.Sides) != 2 {
+		return fmt.Errorf("events -timeline: %d event logs, want two: that of the source, then that of the target", len(p.Sides))
+	}
+	return timeline.Write(stdout, p)
 }
 
 // check is `baton check`.

@@ -39,6 +39,8 @@ var rules = []rule{
 	{dir: "vmm", ours: []string{"vmm", "boot", "devices", "kvm", "migrate"}, why: "vmm builds the machine from the parts"},
 	{dir: "vmm/qmp", ours: []string{}, why: "qmp is the protocol; what the commands do is the machine's business"},
 	{dir: "vmm/client", ours: []string{}, theirs: []string{"golang.org/x/term"}, why: "a client knows the protocol only"},
+	{dir: "vmm/failover", ours: []string{}, theirs: []string{}, why: "failover decides; the machine does"},
+	{dir: "vmm/timeline", ours: []string{}, theirs: []string{}, why: "timeline reads logs and writes a page"},
 	{dir: "vmm/hmp", ours: []string{}, theirs: []string{"golang.org/x/term"}, why: "hmp is text; what the commands do is QMP's business"},
 	{dir: "migrate", ours: []string{"kvm/guestmem"}, why: "migrate knows interfaces and guest memory only"},
 	{dir: "devices", ours: []string{"kvm/guestmem"}, why: "devices reach KVM through interfaces that they declare"},
