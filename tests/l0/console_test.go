@@ -242,23 +242,6 @@ func TestSerial(t *testing.T) {
 		}
 		ends(t, g, "guest-shutdown")
 	})
-	t.Run("pty", func(t *testing.T) {
-		g := start(t, echo, "-serial", "pty")
-		m, err := g.Stderr.Wait(harness.Context(t, limit), 0, `(/dev/pts/\d+)`)
-		if err != nil {
-			t.Fatal(err)
-		}
-		f, err := os.OpenFile(m[1], os.O_RDWR|unix.O_NOCTTY, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer f.Close()
-		up := make([]byte, 3)
-		if _, err := io.ReadFull(f, up); err != nil || string(up) != "up\n" {
-			t.Fatalf("got %q (%v)", up, err)
-		}
-		echoes(t, f)
-	})
 }
 
 // shortDir is a folder whose name leaves room for a socket's: t.TempDir's may not.
