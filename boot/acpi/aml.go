@@ -21,7 +21,7 @@ const (
 	opDualName, opMultiName                    = 0x2e, 0x2f
 	opExt                                      = 0x5b
 	opLocal0, opArg0                           = 0x60, 0x68
-	opStore, opAnd, opOr                       = 0x70, 0x7b, 0x7d
+	opStore, opShiftLeft, opAnd, opOr          = 0x70, 0x79, 0x7b, 0x7d
 	opNotify                                   = 0x86
 	opCreateDWordField                         = 0x8a
 	opLNot, opLEqual                           = 0x92, 0x93
@@ -31,9 +31,10 @@ const (
 )
 
 var (
-	local0           = []byte{opLocal0}
-	nothing          = []byte{opZero} // a target that is left out
-	arg0, arg1, arg3 = []byte{opArg0}, []byte{opArg0 + 1}, []byte{opArg0 + 3}
+	local0     = []byte{opLocal0}
+	nothing    = []byte{opZero} // a target that is left out
+	arg0, arg1 = []byte{opArg0}, []byte{opArg0 + 1}
+	arg2, arg3 = []byte{opArg0 + 2}, []byte{opArg0 + 3}
 )
 
 // integer is an integer constant in its shortest form.
@@ -131,6 +132,9 @@ func buffer(data []byte) []byte {
 	return packaged([]byte{opBuffer}, integer(uint64(len(data))), data)
 }
 
+// call calls a method.
+func call(p string, args ...[]byte) []byte { return slices.Concat(path(p), slices.Concat(args...)) }
+
 // portRegister is an operation region of I/O ports with one 32-bit field over it.
 func portRegister(region, field string, port uint16) []byte {
 	const systemIO, dwordAccessWriteAsZeros = 1, 3 | 2<<5
@@ -144,8 +148,10 @@ func createDWordField(source []byte, offset uint64, field string) []byte {
 }
 
 func store(value, target []byte) []byte     { return op(opStore, value, target) }
+func shiftLeft(a []byte, n uint64) []byte   { return op(opShiftLeft, a, integer(n), nothing) }
+func or(a, b, target []byte) []byte         { return op(opOr, a, b, target) }
 func and(a, b, target []byte) []byte        { return op(opAnd, a, b, target) }
-func orInto(target []byte, v uint64) []byte { return op(opOr, target, integer(v), target) }
+func orInto(target []byte, v uint64) []byte { return or(target, integer(v), target) }
 func equal(a, b []byte) []byte              { return op(opLEqual, a, b) }
 func notEqual(a, b []byte) []byte           { return op(opLNot, equal(a, b)) }
 func notify(p string, v uint64) []byte      { return op(opNotify, path(p), integer(v)) }
@@ -174,10 +180,10 @@ func ports(base uint16, n byte) []byte {
 // isaIRQ is an edge-triggered, active-high ISA interrupt.
 func isaIRQ(n int) []byte { return binary.LittleEndian.AppendUint16([]byte{0x22}, 1<<n) }
 
-// interrupt is an edge-triggered, active-high, exclusive interrupt.
+// interrupt is a level-triggered, active-high, exclusive interrupt.
 func interrupt(gsi uint32) []byte {
-	const consumerEdge = 1<<0 | 1<<1
-	return binary.LittleEndian.AppendUint32([]byte{0x89, 6, 0, consumerEdge, 1}, gsi)
+	const consumer = 1 << 0
+	return binary.LittleEndian.AppendUint32([]byte{0x89, 6, 0, consumer, 1}, gsi)
 }
 
 // memory32 is a fixed range of memory below 4 GiB.

@@ -1,6 +1,7 @@
 package acpi
 
 import (
+	"fmt"
 	"slices"
 
 	"baton/kvm/guestmem"
@@ -16,7 +17,7 @@ func (c *Config) pci() []byte {
 	if c.MMIO64.Size != 0 {
 		windows = append(windows, window(windowMemory, 64, c.MMIO64))
 	}
-	return device("PCI0",
+	return device("PCI0", append([][]byte{
 		name("_HID", eisaID("PNP0A08")),
 		name("_CID", eisaID("PNP0A03")),
 		name("_UID", integer(0)),
@@ -24,7 +25,8 @@ func (c *Config) pci() []byte {
 		name("_BBN", integer(0)),
 		name("_CRS", resources(windows...)),
 		name("_PRT", routing()),
-		c.osc())
+		c.osc(),
+	}, c.slots()...)...)
 }
 
 // Wired interrupts of PCI have the upper 8 of the IOAPIC's 24 pins.
@@ -88,6 +90,48 @@ func (c *Config) osc() []byte {
 		giveBack(arg3))
 }
 
+// Codes of the event register of the slots, and what Notify makes of them: ACPI 6.5, table 5.150.
+const (
+	slotCheck, slotEject = 2, 3
+
+	notifyDeviceCheck = 1
+	notifyEject       = 3
+)
+
+// slots are the root ports with what is in their slots, and what an event of theirs does: the
+// port is told to look again, or the device that it is to go. Linux evaluates _OST when it is
+// done with either. There is no _STA: configuration space says what is there.
+func (c *Config) slots() (terms [][]byte) {
+	if c.NativeHotplug || len(c.RootPorts) == 0 {
+		return nil
+	}
+	report := func(port int) []byte {
+		return method("_OST", 3, call("HPRP", arg0, arg1, integer(uint64(port))))
+	}
+	event := [][]byte{store(path("HPEV"), local0), and(local0, integer(0xffff), local0)}
+	terms = [][]byte{
+		portRegister("HPR0", "HPEV", c.SlotBlock),
+		portRegister("HPR1", "HPEJ", c.SlotBlock+4),
+		portRegister("HPR2", "HPST", c.SlotBlock+8),
+		method("HPRP", 3, or(or(shiftLeft(arg0, 16), shiftLeft(and(arg1, integer(0xff), nothing), 8), nothing), arg2, path("HPST"))),
+	}
+	for i, p := range c.RootPorts {
+		n, port := i+1, fmt.Sprintf("S%02X", p.Device<<3|p.Function)
+		terms = append(terms, device(port,
+			name("_ADR", integer(uint64(p.Device)<<16|uint64(p.Function))),
+			report(n),
+			device("S00",
+				name("_ADR", integer(0)),
+				name("_SUN", integer(uint64(p.Slot))),
+				method("_EJ0", 1, store(integer(uint64(n)), path("HPEJ"))),
+				report(n))))
+		event = append(event,
+			when(equal(local0, integer(uint64(n)<<8|slotCheck)), notify(port, notifyDeviceCheck)),
+			when(equal(local0, integer(uint64(n)<<8|slotEject)), notify(`\_SB.PCI0.`+port+".S00", notifyEject)))
+	}
+	return append(terms, method("HPEX", 0, event...))
+}
+
 // motherboard reserves what belongs to no other device. Linux uses the ECAM only if it
 // is reserved here.
 func (c *Config) motherboard() []byte {
@@ -104,14 +148,19 @@ func (c *Config) motherboard() []byte {
 // events that wait.
 func (c *Config) events() []byte {
 	const pressed = 0x80
+	handle := [][]byte{
+		store(path("EVST"), local0),
+		when(and(local0, integer(uint64(c.Power.PowerButton)), nothing), notify(`\_SB.PWRB`, pressed)),
+	}
+	if !c.NativeHotplug && len(c.RootPorts) > 0 {
+		handle = append(handle, when(and(local0, integer(uint64(c.Power.SlotEvent)), nothing), call(`\_SB.PCI0.HPEX`)))
+	}
 	return device("GED",
 		name("_HID", text("ACPI0013")),
 		name("_UID", integer(0)),
 		name("_CRS", resources(interrupt(c.Power.EventGSI))),
 		portRegister("EVRG", "EVST", c.Power.Event),
-		method("_EVT", 1,
-			store(path("EVST"), local0),
-			when(and(local0, integer(uint64(c.Power.PowerButton)), nothing), notify(`\_SB.PWRB`, pressed))))
+		method("_EVT", 1, handle...))
 }
 
 func powerButton() []byte { return device("PWRB", name("_HID", eisaID("PNP0C0C"))) }

@@ -98,8 +98,15 @@ func TestRoundTrip(t *testing.T) {
 		"one window":     func(c *Config) { c.MMIO64 = guestmem.Range{} },
 		"huge window":    func(c *Config) { c.MMIO64 = guestmem.Range{Base: 1 << 51, Size: 1 << 51} },
 		"one bus":        func(c *Config) { c.ECAM.Size = 1 << 20 },
-		"high tables":    func(c *Config) { c.Base = 5 * gib },
-		"other events":   func(c *Config) { c.Power.EventGSI, c.Power.PowerButton = 23, 1<<31 },
+		"no root ports":  func(c *Config) { c.RootPorts = nil },
+		"all root ports": func(c *Config) {
+			c.RootPorts = nil
+			for i := range uint8(248) {
+				c.RootPorts = append(c.RootPorts, RootPort{1 + i/8, i % 8, 8191 - uint16(i)})
+			}
+		},
+		"high tables":  func(c *Config) { c.Base = 5 * gib },
+		"other events": func(c *Config) { c.Power.EventGSI, c.Power.PowerButton = 23, 1<<31 },
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := testConfig()
@@ -232,4 +239,22 @@ func TestPowerButtonEvent(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestSlotEvents(t *testing.T) {
+	tool(t, "acpiexec")
+	for fill, want := range map[string]string{
+		"0x02": `Received a System Notify on \[S10_\] .*Value 0x01`, // port 2 is to look again
+		"0x03": `Received a System Notify on \[S00_\] .*Value 0x03`, // the device behind port 3 is to go
+		"0xff": "",                                                  // a port that is not there
+	} {
+		t.Run(fill, func(t *testing.T) {
+			t.Parallel()
+			out := strings.ReplaceAll(execute(t, testConfig(), fill, `execute \_SB.GED._EVT 9`), "[PWRB]", "")
+			if want == "" && regexp.MustCompile(`Notify on \[S`).MatchString(out) || !regexp.MustCompile(want).MatchString(out) {
+				t.Errorf("event register %s: want %q\n%s", fill, want, out)
+			}
+		})
+	}
+	execute(t, testConfig(), "0", `execute \_SB.PCI0.S11.S00._EJ0 1;execute \_SB.PCI0.S11.S00._OST 3 0x81 (00);execute \_SB.PCI0.S08._OST 1 0 (00)`)
 }

@@ -3,9 +3,10 @@
 // (ACPI 6.5, 4.1): no SCI, PM timer or fixed registers but sleep and reset; events come
 // through a generic event device.
 //
-//	RSDP ──> XSDT ─┬─> FADT ──> DSDT   \_SB  PCI0  root bridge: windows, _OSC
+//	RSDP ──> XSDT ─┬─> FADT ──> DSDT   \_SB  PCI0  root bridge: windows, _OSC; root ports and
+//	               │                               what is in their slots: _EJ0
 //	               │                         MBRD  what belongs to no device: ECAM, ports
-//	               │                         GED   events ──Notify──> PWRB
+//	               │                         GED   events ──Notify──> PWRB, root ports, slots
 //	               │                         COM1, RTC, PEVT (pvpanic)
 //	               ├─> MADT            \_S5
 //	               └─> MCFG
@@ -30,8 +31,15 @@ type Power struct {
 	Reset        uint16 // reset register, 1 port
 	ResetValue   uint8
 	Event        uint16 // event register, 4 ports, cleared by reading
-	EventGSI     uint32 // its edge-triggered interrupt
+	EventGSI     uint32 // its level-triggered interrupt
 	PowerButton  uint32 // its bit for a press of the power button
+	SlotEvent    uint32 // its bit for an event of a slot
+}
+
+// RootPort is a root port on bus 0 whose slot the OS works by ACPI.
+type RootPort struct {
+	Device, Function uint8  // where it is: 0 to 31, 0 to 7
+	Slot             uint16 // physical slot number, _SUN
 }
 
 // Config describes the machine. The limits are the caller's to keep.
@@ -45,7 +53,9 @@ type Config struct {
 	Power         Power
 	Panic         uint16 // port of the pvpanic device
 	Serial        bool   // there is a COM1
-	NativeHotplug bool   // the OS may drive the slots of root ports itself
+	NativeHotplug bool   // the OS may drive the slots of root ports itself, instead of by ACPI
+	SlotBlock     uint16 // registers of the slots, 12 ports: see pci.SlotBlock
+	RootPorts     []RootPort
 }
 
 // Tables returns the tables as they shall be in memory from c.Base on, and the address of

@@ -23,10 +23,12 @@ func testConfig() Config {
 		MMIO64: guestmem.Range{Base: 8 * gib, Size: 1000 * gib},
 		Power: Power{
 			SleepControl: 0x600, SleepStatus: 0x601, SleepTypeS5: 5, Reset: 0xcf9, ResetValue: 6,
-			Event: 0x610, EventGSI: 9, PowerButton: 1,
+			Event: 0x610, EventGSI: 9, PowerButton: 1, SlotEvent: 2,
 		},
-		Panic:  0x505,
-		Serial: true,
+		SlotBlock: 0x620,
+		RootPorts: []RootPort{{1, 0, 1}, {2, 0, 2}, {2, 1, 40}},
+		Panic:     0x505,
+		Serial:    true,
 	}
 }
 

@@ -9,6 +9,7 @@
 //	  0x505          pvpanic              │                       │
 //	  0x600, 0x601   sleep control, status├─ PM                   └──> MSI to the LAPICs
 //	  0x610 .. 0x613 GED event register   │
+//	  0x620 .. 0x62b slots (package pci)  │
 //	  0xcf9          reset control       ─┘
 //
 // There is no 8259, PIT, PM timer or SCI: the ACPI tables (package boot/acpi) describe a
@@ -27,10 +28,11 @@ const (
 	SleepControlPort    = 0x600 // ACPI 6.5, 4.8.3.7: 1 port
 	SleepStatusPort     = 0x601 // 1 port
 	EventPort           = 0x610 // GED event register, 4 ports
+	SlotPort            = 0x620 // registers of the slots: see pci.SlotBlock
 	ResetPort           = 0xcf9 // reset control, 1 port
 
 	COM1Pin = 4 // IOAPIC pin, edge triggered
-	GEDPin  = 9 // IOAPIC pin, edge triggered
+	GEDPin  = 9 // IOAPIC pin, level triggered
 )
 
 // readBytes and writeBytes take an access apart for a register file that is a byte wide.

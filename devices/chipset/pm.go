@@ -12,9 +12,12 @@ const (
 	ResetValue  = 0x06 // what the reset register takes, in the FADT
 )
 
-// EventPowerButton is the bit of the GED event register that a press of the power button
-// sets. The register is read to clear; its interrupt is an edge for every event.
-const EventPowerButton = 1 << 0
+// Bits of the GED event register. It is read to clear; its interrupt is asserted while a bit
+// is set, so that nothing is lost on a guest that has no handler yet.
+const (
+	EventPowerButton = 1 << 0 // the power button was pressed
+	EventSlot        = 1 << 1 // a slot has an event: see pci.SlotBlock
+)
 
 // Register bits: ACPI 6.5, 4.8.3.7 for the sleep control register; ICH9 data sheet, 13.7.5
 // for the reset control register; i8042 commands.
@@ -74,21 +77,22 @@ func (m *PM) Attach(ports *devices.Bus) error {
 // PowerButton presses the power button.
 func (m *PM) PowerButton() { m.raise(EventPowerButton) }
 
+// SlotEvent says that a slot has an event.
+func (m *PM) SlotEvent() { m.raise(EventSlot) }
+
 // Reset clears the registers.
 func (m *PM) Reset() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.events, m.control = 0, 0
+	m.ged.SetLevel(false)
 }
 
-// raise sets events and makes an edge even if older ones wait: their edge is lost if the
-// guest had no handler yet.
 func (m *PM) raise(events uint32) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.events |= events
 	m.ged.SetLevel(true)
-	m.ged.SetLevel(false)
 }
 
 func (m *PM) takeEvents(off uint64) byte {
@@ -96,6 +100,7 @@ func (m *PM) takeEvents(off uint64) byte {
 	defer m.mu.Unlock()
 	v := byte(m.events >> (8 * off))
 	m.events &^= 0xff << (8 * off)
+	m.ged.SetLevel(m.events != 0)
 	return v
 }
 

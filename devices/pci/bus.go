@@ -31,8 +31,25 @@ type Bus struct {
 func (b *Bus) Port() *RootPort { return b.port }
 
 // Add puts f at slot and fn. Slot -1 is the first free slot; fn -1 is function 0. Function
-// 0 of a slot with others must be multifunction; it may be added after them.
+// 0 of a slot with others must be multifunction; it may be added after them. Behind a port
+// this is for what the guest finds when it starts, see [Slot.Plug].
 func (b *Bus) Add(slot, fn int, f Function) error {
+	if b.port == nil {
+		return b.add(slot, fn, f)
+	}
+	s := b.port.slot
+	s.mu.Lock()
+	err := b.add(slot, fn, f)
+	if err == nil && s.Occupant() != nil {
+		s.state = SlotPresent
+	}
+	s.mu.Unlock()
+	s.resetRegisters()
+	return err
+}
+
+// add is Add with the slot's lock held.
+func (b *Bus) add(slot, fn int, f Function) error {
 	c := f.Config()
 	fail := func(format string, args ...any) error {
 		return fmt.Errorf("add %s: %s", c.id, fmt.Sprintf(format, args...))
@@ -89,33 +106,49 @@ func (b *Bus) Add(slot, fn int, f Function) error {
 	return nil
 }
 
-// Remove takes f off the bus and unmaps its BARs. An access that was under way may still
-// reach the function. Root ports cannot be removed.
+// Remove takes f off the root bus and unmaps its BARs. An access that was under way may still
+// reach the function. What is behind a root port leaves its [Slot].
 func (b *Bus) Remove(f Function) error {
 	c := f.Config()
-	at := c.at.Load()
-	if at == nil || at.bus != b {
-		return fmt.Errorf("remove %s: it is not on bus %s", c.id, b.ID)
-	}
-	if _, ok := f.(*RootPort); ok {
-		return fmt.Errorf("remove %s: a root port stays where it is", c.id)
+	if _, ok := f.(*RootPort); ok || b.port != nil {
+		return fmt.Errorf("remove %s: a root port stays where it is, and what is behind it leaves its slot", c.id)
 	}
 	b.rc.mu.Lock()
 	defer b.rc.mu.Unlock()
+	if at := c.at.Load(); at == nil || at.bus != b {
+		return fmt.Errorf("remove %s: it is not on bus %s", c.id, b.ID)
+	}
+	b.remove(f)
+	return nil
+}
+
+// clear is Remove for all functions behind a port.
+func (b *Bus) clear() []Function {
+	b.rc.mu.Lock()
+	defer b.rc.mu.Unlock()
+	fns := b.functions()
+	for _, f := range fns {
+		b.remove(f)
+	}
+	return fns
+}
+
+// remove is Remove with the root complex's lock held.
+func (b *Bus) remove(f Function) {
+	c := f.Config()
 	for _, bar := range c.bars {
 		b.rc.unmap(bar)
 	}
-	b.fns[at.devfn] = nil
+	b.fns[c.at.Load().devfn] = nil
 	c.at.Store(nil)
 	b.occupancyChanged()
 	b.rc.decode() // what f was in the way of
-	return nil
 }
 
 // occupancyChanged shows on the port whether the slot has a device, which is its function 0.
 func (b *Bus) occupancyChanged() {
 	if b.port != nil {
-		b.port.setOccupied(b.fns[0] != nil)
+		b.port.show(b.fns[0] != nil)
 	}
 }
 

@@ -86,8 +86,7 @@ func TestAddTwiceAndDetached(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantError(t, p.Secondary().Add(0, 0, newFunction(t, "g", 0)), "add g: bus root1 is behind a root port that is on no bus\n")
-	wantError(t, p.Secondary().Remove(f), "f: it is not on bus root1")
-	wantError(t, m.Root().Remove(p), "root1: it is not on bus pcie.0")
+	wantError(t, p.Secondary().Remove(f), "what is behind it leaves its slot")
 	add(t, m.Root(), 2, 0, p)
 	wantError(t, m.Root().Remove(p), "a root port stays")
 }
@@ -104,7 +103,7 @@ func TestRemove(t *testing.T) {
 		t.Fatalf("mapped %v", f.mapped)
 	}
 	p.c.update16(p.c.pcie+pcieSlotStatus, slotStatusLinkEvent, slotStatusLinkEvent)
-	if err := p.Secondary().Remove(f); err != nil {
+	if err := p.Slot().RequestUnplug(Surprise); err != nil {
 		t.Fatal(err)
 	}
 	if got := m.read32(a, 0); got != ^uint32(0) || len(f.mapped) != 0 {
@@ -114,7 +113,8 @@ func TestRemove(t *testing.T) {
 		t.Errorf("slot status %#x after removal, want the event alone", got)
 	}
 	f.c.Write(regCommand, []byte{0, 0}) // an access that was under way
-	wantError(t, p.Secondary().Remove(f), "it is not on bus root1")
+	wantError(t, m.Root().Remove(f), "it is not on bus pcie.0")
+	p.Slot().Settle()
 	add(t, p.Secondary(), -1, -1, f)
 	if got := m.read32(a, 0); got != 0x1041_1af4 {
 		t.Errorf("vendor %#x after adding it again", got)
@@ -129,7 +129,7 @@ func TestRootPortRegisters(t *testing.T) {
 		t.Fatal(err)
 	}
 	add(t, m.Root(), 1, 0, p)
-	if c, s := p.Slot(); c != 3 || s != 7 || p.Secondary().Port() != p || p.Secondary().ID != "root1" {
+	if c, s := p.Number(); c != 3 || s != 7 || p.Secondary().Port() != p || p.Secondary().ID != "root1" {
 		t.Errorf("chassis %d slot %d, bus %q", c, s, p.Secondary().ID)
 	}
 	a, e := NewBDF(0, 1, 0), p.c.pcie
@@ -150,8 +150,8 @@ func TestRootPortRegisters(t *testing.T) {
 	}
 	// Slot events are the guest's to clear, presence is not; control has no more bits than the capabilities.
 	p.c.PutUint16(e+pcieSlotStatus, slotStatusPresent|slotStatusPresenceEvent|slotStatusLinkEvent)
-	m.write32(a, e+pcieSlotCtl, 0x0048_ffff)
-	if got := m.read32(a, e+pcieSlotCtl); got != 0x0140_1328 {
+	m.write32(a, e+pcieSlotCtl, 0x0048_fdff)
+	if got := m.read32(a, e+pcieSlotCtl); got != 0x0140_1128 {
 		t.Errorf("slot control and status %#x", got)
 	}
 	m.assign(t)

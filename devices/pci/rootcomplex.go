@@ -140,8 +140,12 @@ func (rc *RootComplex) behind(bus uint8) *Bus {
 	return nil
 }
 
-// Reset resets every function and assigns the resources again.
+// Reset resets every function and assigns the resources again. What was being unplugged is
+// gone.
 func (rc *RootComplex) Reset() error {
+	for _, p := range rc.Ports() {
+		p.slot.reset()
+	}
 	rc.Walk(func(_ BDF, f Function) { resetFunction(f) })
 	return rc.Assign()
 }

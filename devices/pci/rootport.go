@@ -16,16 +16,18 @@ const (
 	linkCtlDisable         = 1 << 4
 	linkStatusActive       = 1 << 13
 
+	slotCapButton           = 1 << 0
 	slotCapPowerIndicator   = 1 << 4
 	slotCapHotPlugSurprise  = 1 << 5
 	slotCapHotPlugCapable   = 1 << 6
 	slotCapNoCommandDone    = 1 << 18
 	slotCapNumberShift      = 19
+	slotCtlButtonEnable     = 1 << 0
 	slotCtlPresenceEnable   = 1 << 3
 	slotCtlInterruptEnable  = 1 << 5
 	slotCtlPowerIndicator   = 3 << 8
-	slotCtlPowerOff         = 3 << 8 // of the indicator
 	slotCtlLinkEnable       = 1 << 12
+	slotStatusButton        = 1 << 0
 	slotStatusPresenceEvent = 1 << 3
 	slotStatusPresent       = 1 << 6
 	slotStatusLinkEvent     = 1 << 8
@@ -50,18 +52,21 @@ type RootPortConfig struct {
 	Port          uint8  // port number of the link capabilities
 	Slot          uint16 // physical slot number, 0 to 8191; 0: the number of the chassis
 	Multifunction bool   // the port's own slot has functions 1 to 7
+	Native        bool   // the guest works the slot by its registers; otherwise by ACPI
+	Button        bool   // with an attention button, which makes Linux wait for 5 s
 	Vectors       devices.VectorSource
+	Host          SlotHost // may be nil
 }
 
 // RootPort is a PCI Express root port with a slot, and the bus behind it. The slot is
-// hot-plug capable and allows surprise removal; it has a power indicator, but no attention
-// button, no power controller and no command completed events, with which Linux would wait
-// for seconds.
+// hot-plug capable and allows surprise removal; it has a power indicator, but no power
+// controller and no command completed events, with which Linux would wait for seconds.
 type RootPort struct {
 	c         *Config
 	msix      *MSIX
 	secondary *Bus
-	slot      RootPortConfig
+	slot      *Slot
+	cfg       RootPortConfig
 }
 
 // NewRootPort returns a root port, not yet on a bus.
@@ -72,17 +77,18 @@ func NewRootPort(cfg RootPortConfig) (*RootPort, error) {
 	if cfg.Slot > 0x1fff {
 		return nil, fmt.Errorf("create root port %s: slot %d is above 8191", cfg.ID, cfg.Slot)
 	}
+	if cfg.Host == nil {
+		cfg.Host = noHost{}
+	}
 	c := NewConfig(Header{ID: cfg.ID, Vendor: vendorRedHat, Device: deviceRootPort, Class: classBridge, Type: 1, Multifunction: cfg.Multifunction})
-	p := &RootPort{c: c, slot: cfg}
+	p := &RootPort{c: c, cfg: cfg}
+	p.slot = &Slot{port: p}
 	p.secondary = &Bus{ID: cfg.ID, port: p, fns: make([]Function, 8)}
 	off := c.AddPCIeCapability(TypeRootPort)
 	c.define16(off+pcieFlags, pcieVersion|uint16(TypeRootPort)<<4|flagsSlot, 0)
 	c.define32(off+pcieLinkCap, linkSpeed32|linkWidth16|linkCapActiveReporting|uint32(cfg.Port)<<linkCapPortShift, 0)
 	c.define16(off+pcieLinkCtl, 0, linkCtlMask|linkCtlDisable)
-	c.define32(off+pcieSlotCap, slotCapPowerIndicator|slotCapHotPlugSurprise|slotCapHotPlugCapable|slotCapNoCommandDone|
-		uint32(cfg.Slot)<<slotCapNumberShift, 0)
-	c.define16(off+pcieSlotCtl, slotCtlPowerOff, slotCtlPresenceEnable|slotCtlInterruptEnable|slotCtlPowerIndicator|slotCtlLinkEnable)
-	c.SetW1C16(off+pcieSlotStatus, slotStatusPresenceEvent|slotStatusLinkEvent)
+	p.slot.initSlotRegisters()
 	c.define16(off+pcieRootCtl, 0, rootCtlMask)
 	c.SetW1C16(off+pcieRootStatus+2, rootStatusPME)
 	c.AddCapability(capSSVID, le.AppendUint16([]byte{0, 0}, vendorRedHat), nil)
@@ -97,7 +103,7 @@ func NewRootPort(cfg RootPortConfig) (*RootPort, error) {
 		return nil, errors.Join(err, p.msix.Close())
 	}
 	c.OnWrite(regBridgeCtl, 2, p.secondaryReset)
-	p.setOccupied(false)
+	p.show(false)
 	return p, nil
 }
 
@@ -113,11 +119,11 @@ func (p *RootPort) Close() error { return p.msix.Close() }
 // Secondary is the bus behind the port.
 func (p *RootPort) Secondary() *Bus { return p.secondary }
 
-// Slot is the chassis and the physical slot number, which together name the slot.
-func (p *RootPort) Slot() (chassis uint8, number uint16) { return p.slot.Chassis, p.slot.Slot }
+// Number is the chassis and the physical slot number, which together name the slot.
+func (p *RootPort) Number() (chassis uint8, slot uint16) { return p.cfg.Chassis, p.cfg.Slot }
 
-// setOccupied shows whether a device is in the slot, without raising the events of a change.
-func (p *RootPort) setOccupied(yes bool) {
+// show says in the registers whether a device is in the slot, without the events of a change.
+func (p *RootPort) show(yes bool) {
 	present, link := uint16(0), uint16(linkSpeedMin)
 	if yes {
 		present, link = slotStatusPresent, linkSpeed32|linkWidth16|linkStatusActive

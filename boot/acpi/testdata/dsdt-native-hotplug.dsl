@@ -1131,7 +1131,7 @@ DefinitionBlock ("", "DSDT", 2, "BATON ", "BATON   ", 0x00000001)
             Name (_UID, Zero)  // _UID: Unique ID
             Name (_CRS, ResourceTemplate ()  // _CRS: Current Resource Settings
             {
-                Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive, ,, )
+                Interrupt (ResourceConsumer, Level, ActiveHigh, Exclusive, ,, )
                 {
                     0x00000009,
                 }

@@ -1092,6 +1092,137 @@ DefinitionBlock ("", "DSDT", 2, "BATON ", "BATON   ", 0x00000001)
 
                 Return (Arg3)
             }
+
+            OperationRegion (HPR0, SystemIO, 0x0620, 0x04)
+            Field (HPR0, DWordAcc, NoLock, WriteAsZeros)
+            {
+                HPEV,   32
+            }
+
+            OperationRegion (HPR1, SystemIO, 0x0624, 0x04)
+            Field (HPR1, DWordAcc, NoLock, WriteAsZeros)
+            {
+                HPEJ,   32
+            }
+
+            OperationRegion (HPR2, SystemIO, 0x0628, 0x04)
+            Field (HPR2, DWordAcc, NoLock, WriteAsZeros)
+            {
+                HPST,   32
+            }
+
+            Method (HPRP, 3, Serialized)
+            {
+                HPST = (((Arg0 << 0x10) | ((Arg1 & 0xFF) << 
+                    0x08)) | Arg2)
+            }
+
+            Device (S08)
+            {
+                Name (_ADR, 0x00010000)  // _ADR: Address
+                Method (_OST, 3, Serialized)  // _OST: OSPM Status Indication
+                {
+                    HPRP (Arg0, Arg1, One)
+                }
+
+                Device (S00)
+                {
+                    Name (_ADR, Zero)  // _ADR: Address
+                    Name (_SUN, One)  // _SUN: Slot User Number
+                    Method (_EJ0, 1, Serialized)  // _EJx: Eject Device, x=0-9
+                    {
+                        HPEJ = One
+                    }
+
+                    Method (_OST, 3, Serialized)  // _OST: OSPM Status Indication
+                    {
+                        HPRP (Arg0, Arg1, One)
+                    }
+                }
+            }
+
+            Device (S10)
+            {
+                Name (_ADR, 0x00020000)  // _ADR: Address
+                Method (_OST, 3, Serialized)  // _OST: OSPM Status Indication
+                {
+                    HPRP (Arg0, Arg1, 0x02)
+                }
+
+                Device (S00)
+                {
+                    Name (_ADR, Zero)  // _ADR: Address
+                    Name (_SUN, 0x02)  // _SUN: Slot User Number
+                    Method (_EJ0, 1, Serialized)  // _EJx: Eject Device, x=0-9
+                    {
+                        HPEJ = 0x02
+                    }
+
+                    Method (_OST, 3, Serialized)  // _OST: OSPM Status Indication
+                    {
+                        HPRP (Arg0, Arg1, 0x02)
+                    }
+                }
+            }
+
+            Device (S11)
+            {
+                Name (_ADR, 0x00020001)  // _ADR: Address
+                Method (_OST, 3, Serialized)  // _OST: OSPM Status Indication
+                {
+                    HPRP (Arg0, Arg1, 0x03)
+                }
+
+                Device (S00)
+                {
+                    Name (_ADR, Zero)  // _ADR: Address
+                    Name (_SUN, 0x28)  // _SUN: Slot User Number
+                    Method (_EJ0, 1, Serialized)  // _EJx: Eject Device, x=0-9
+                    {
+                        HPEJ = 0x03
+                    }
+
+                    Method (_OST, 3, Serialized)  // _OST: OSPM Status Indication
+                    {
+                        HPRP (Arg0, Arg1, 0x03)
+                    }
+                }
+            }
+
+            Method (HPEX, 0, Serialized)
+            {
+                Local0 = HPEV /* \_SB_.PCI0.HPEV */
+                Local0 &= 0xFFFF
+                If ((Local0 == 0x0102))
+                {
+                    Notify (S08, One) // Device Check
+                }
+
+                If ((Local0 == 0x0103))
+                {
+                    Notify (\_SB.PCI0.S08.S00, 0x03) // Eject Request
+                }
+
+                If ((Local0 == 0x0202))
+                {
+                    Notify (S10, One) // Device Check
+                }
+
+                If ((Local0 == 0x0203))
+                {
+                    Notify (\_SB.PCI0.S10.S00, 0x03) // Eject Request
+                }
+
+                If ((Local0 == 0x0302))
+                {
+                    Notify (S11, One) // Device Check
+                }
+
+                If ((Local0 == 0x0303))
+                {
+                    Notify (\_SB.PCI0.S11.S00, 0x03) // Eject Request
+                }
+            }
         }
 
         Device (MBRD)
@@ -1131,7 +1262,7 @@ DefinitionBlock ("", "DSDT", 2, "BATON ", "BATON   ", 0x00000001)
             Name (_UID, Zero)  // _UID: Unique ID
             Name (_CRS, ResourceTemplate ()  // _CRS: Current Resource Settings
             {
-                Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive, ,, )
+                Interrupt (ResourceConsumer, Level, ActiveHigh, Exclusive, ,, )
                 {
                     0x00000009,
                 }
@@ -1148,6 +1279,11 @@ DefinitionBlock ("", "DSDT", 2, "BATON ", "BATON   ", 0x00000001)
                 If ((Local0 & One))
                 {
                     Notify (\_SB.PWRB, 0x80) // Status Change
+                }
+
+                If ((Local0 & 0x02))
+                {
+                    \_SB.PCI0.HPEX ()
                 }
             }
         }
