@@ -32,8 +32,9 @@ type builder struct {
 // device is a PCI device that there is.
 type device struct {
 	*Device
-	fn    pci.Function
-	model virtio.Device // nil if it is not virtio
+	fn     pci.Function
+	model  virtio.Device // nil if it is not virtio
+	unplug *unplugging   // nil if nobody waits for that
 }
 
 // builders has one entry for each PCI driver of the driver table.
@@ -71,10 +72,10 @@ func (b *builder) build() error {
 			errs = append(errs, err)
 			continue
 		}
-		f, err := b.make(d)
+		dev, err := b.make(d)
 		if err == nil {
-			b.devices = append(b.devices, device{d, f, b.model})
-			err = b.plug(d, f)
+			b.devices = append(b.devices, dev)
+			err = b.plug(d, dev.fn)
 		}
 		errs = append(errs, err)
 	}
@@ -90,10 +91,14 @@ func (m *Machine) closeDevices() error {
 	return errors.Join(errs...)
 }
 
-// make makes the function of a device, on no bus, and the model, if it is virtio.
-func (b *builder) make(d *Device) (pci.Function, error) {
+// make makes a PCI device, which is on no bus and not among the devices yet.
+func (b *builder) make(d *Device) (*device, error) {
 	b.model = nil
-	return builders[d.Driver](b, d)
+	f, err := builders[d.Driver](b, d)
+	if err != nil {
+		return nil, err
+	}
+	return &device{Device: d, fn: f, model: b.model}, nil
 }
 
 // plug puts f where bus= and addr= say.
@@ -128,7 +133,10 @@ func (b *builder) rootPort(d *Device) (pci.Function, error) {
 		Port:          uint8(d.Uint("port")),
 		Slot:          uint16(d.Uint("slot")),
 		Multifunction: d.Bool("multifunction"),
+		Native:        b.cfg.Machine.NativeHotplug,
+		Button:        b.cfg.Machine.NativeHotplug && d.Bool("attention-button"),
 		Vectors:       b.irq,
+		Host:          slotHost{b.Machine},
 	})
 }
 
@@ -242,7 +250,7 @@ func (m *Machine) openSerial(ctx context.Context) (*char.Port, error) {
 func (b *builder) virtioNet(d *Device) (pci.Function, error) {
 	spec := b.cfg.Netdev(d.Text("netdev"))
 	mac, _ := d.MAC()
-	backend, err := netBackend(b.ctx, spec)
+	backend, err := b.nics.borrow(b.ctx, spec)
 	if err != nil {
 		return nil, fmt.Errorf("netdev %s: %w", spec.ID, err)
 	}

@@ -16,6 +16,8 @@ func qmpVersion() (v qmp.Version) {
 }
 
 var eventTypes = []qmp.EventType{
+	{Name: "DEVICE_DELETED", Data: deviceEvent{}},
+	{Name: "DEVICE_UNPLUG_GUEST_ERROR", Data: unplugError{}},
 	{Name: "FAILOVER_NEGOTIATED", Data: failoverEvent{}},
 	{Name: "FAILOVER_STATE", Data: failoverState{}},
 	{Name: "GUEST_CRASHED", Data: crashData{}},
@@ -36,7 +38,7 @@ func do(name string, f func()) qmp.Command {
 // commands are all commands of QMP that the machine has. They run in the main loop, so that
 // each sees and leaves a machine that does not change meanwhile. Ctx ends what takes long.
 func (m *Machine) commands(ctx context.Context) []qmp.Command {
-	return slices.Concat(m.queries(), m.pciCommands(), m.netCommands(ctx), m.failoverCommands(), m.fileCommands(), []qmp.Command{
+	return slices.Concat(m.queries(), m.pciCommands(), m.netCommands(ctx), m.failoverCommands(), m.fileCommands(), m.slotCommands(), []qmp.Command{
 		do("quit", func() { m.end("host-qmp-quit") }),
 		do("stop", func() {
 			switch m.State() {

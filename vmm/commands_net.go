@@ -16,10 +16,62 @@ import (
 
 // nics is what the machine knows of its network besides the devices.
 type nics struct {
-	idle map[string]virtionet.Backend // of netdevs that no device uses, by id
-
 	mu   sync.Mutex
-	told map[string]bool // NICs whose change of filter nobody has asked about yet
+	idle map[string]virtionet.Backend // of netdevs that no device uses, by id
+	told map[string]bool              // NICs whose change of filter nobody has asked about yet
+}
+
+// borrow returns the backend of a netdev, which is opened with its first device and stays open
+// when that has gone.
+func (n *nics) borrow(ctx context.Context, spec *Netdev) (virtionet.Backend, error) {
+	backend := n.take(spec.ID)
+	if backend == nil {
+		var err error
+		if backend, err = netBackend(ctx, spec); err != nil {
+			return nil, err
+		}
+	}
+	return &borrowed{backend, spec.ID, n}, nil
+}
+
+// take returns the backend of a netdev that no device uses, nil if it has none.
+func (n *nics) take(id string) virtionet.Backend {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	b := n.idle[id]
+	delete(n.idle, id)
+	return b
+}
+
+func (n *nics) giveBack(id string, b virtionet.Backend) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.idle == nil {
+		n.idle = map[string]virtionet.Backend{}
+	}
+	n.idle[id] = b
+}
+
+// close closes the backends that no device uses.
+func (n *nics) close() (err error) {
+	for _, b := range n.idle {
+		err = errors.Join(err, b.Close())
+	}
+	n.idle = nil
+	return err
+}
+
+// borrowed is a netdev's backend in the hands of a device.
+type borrowed struct {
+	virtionet.Backend
+	id   string
+	nics *nics
+}
+
+// Close gives it back.
+func (b *borrowed) Close() error {
+	b.nics.giveBack(b.id, b.Backend)
+	return nil
 }
 
 // netName is what QMP calls a NIC.
@@ -137,29 +189,22 @@ func (m *Machine) netdevAdd(ctx context.Context, a netdevArgs) error {
 		return err
 	}
 	m.cfg.Netdevs = append(m.cfg.Netdevs, p.cfg.Netdevs[0])
-	if m.nics.idle == nil {
-		m.nics.idle = map[string]virtionet.Backend{}
-		m.onClose(func() (err error) {
-			for _, b := range m.nics.idle {
-				err = errors.Join(err, b.Close())
-			}
-			return err
-		})
-	}
-	m.nics.idle[a.ID] = backend
+	m.nics.giveBack(a.ID, backend)
 	return nil
 }
 
 func (m *Machine) netdevDel(id string) error {
-	backend, idle := m.nics.idle[id]
-	if !idle && m.cfg.Netdev(id) != nil {
-		return qmp.Errorf(qmp.GenericError, "Netdev '%s' is in use", id)
-	} else if !idle {
+	switch {
+	case m.cfg.Netdev(id) == nil:
 		return qmp.NoDevice(id)
+	case slices.ContainsFunc(m.cfg.Devices, func(d Device) bool { return d.Text("netdev") == id }):
+		return qmp.Errorf(qmp.GenericError, "Netdev '%s' is in use", id)
 	}
-	delete(m.nics.idle, id)
-	m.cfg.Netdevs = slices.DeleteFunc(m.cfg.Netdevs, func(n Netdev) bool { return n.ID == id })
-	return backend.Close()
+	m.cfg.Netdevs = slices.DeleteFunc(slices.Clone(m.cfg.Netdevs), func(n Netdev) bool { return n.ID == id })
+	if backend := m.nics.take(id); backend != nil {
+		return backend.Close()
+	}
+	return nil
 }
 
 // setLink takes the id of a NIC or of its netdev.

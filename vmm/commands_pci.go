@@ -36,8 +36,8 @@ func (m *Machine) pciCommands() []qmp.Command {
 // qomDevice finds a device by its path in the object model, or the end of the path.
 func (m *Machine) qomDevice(path string) *device {
 	id := strings.TrimPrefix(path, peripheral+"/")
-	for i := range m.devices {
-		if d := &m.devices[i]; id != "" && d.ID == id {
+	for _, d := range m.devices {
+		if id != "" && d.ID == id {
 			return d
 		}
 	}
@@ -121,12 +121,27 @@ type (
 			Prefetchable pciRange `json:"prefetchable_range"`
 		} `json:"bus"`
 		Devices []*pciDevice `json:"devices,omitempty"`
+		Slot    *pciSlot     `json:"x-slot,omitempty"` // baton's
 	}
-	pciRange struct {
+	pciSlot struct {
+		Chassis int64     `json:"chassis"`
+		Number  int64     `json:"number"`
+		State   slotState `json:"state"`
+	}
+	slotState string
+	pciRange  struct {
 		Base  int64 `json:"base"`
 		Limit int64 `json:"limit"`
 	}
 )
+
+// Values is qmp.Enum.
+func (slotState) Values() (names []string) {
+	for s := pci.SlotEmpty; s <= pci.SlotDraining; s++ {
+		names = append(names, s.String())
+	}
+	return names
+}
 
 // Configuration space that query-pci shows: PCIe 7.5.1.
 const (
@@ -189,6 +204,10 @@ func describePCI(at pci.BDF, f pci.Function) *pciDevice {
 	b.Bus.Number, b.Bus.Secondary, b.Bus.Subordinate = get(pciPrimaryBus)&0xff, get(pciPrimaryBus)>>8, get(pciSubordinate)&0xff
 	b.Bus.IO = pciRange{0xf000, 0xfff} // closed: there are no I/O windows
 	b.Bus.Memory, b.Bus.Prefetchable = window(mem), window(prefetchable)
+	if port, ok := f.(*pci.RootPort); ok {
+		chassis, number := port.Number()
+		b.Slot = &pciSlot{int64(chassis), int64(number), slotState(port.Slot().State().String())}
+	}
 	d.Bridge = b
 	return d
 }

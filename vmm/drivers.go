@@ -22,6 +22,7 @@ var drivers = []driver{
 		prop{name: "chassis", kind: kindUint, max: 255, help: "chassis number; with slot= unique; default: a free one"},
 		prop{name: "slot", kind: kindUint, max: 8191, def: uint64(0), help: "physical slot number"},
 		prop{name: "port", kind: kindUint, max: 255, def: uint64(0), help: "port number in the link capabilities"},
+		prop{name: "attention-button", kind: kindBool, def: true, help: "under native-hotplug=on: the guest is asked by it, which takes 5 s; off: by a slot that looks empty"},
 	)}, busPCI, busPCI},
 	{schema{name: "virtio-net-pci", aliases: aliases("virtio-net"), help: "network card", props: onVirtio(asPrimary(
 		prop{name: "netdev", required: true, help: "id of the -netdev behind it"},

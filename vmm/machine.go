@@ -202,7 +202,10 @@ func (m *Machine) buildChipset(ctx context.Context) error {
 func (m *Machine) buildDevices(ctx context.Context) error {
 	l := pci.Layout{ECAM: devices.Range(m.layout.ECAM), MMIO32: devices.Range(m.layout.MMIO32), MMIO64: devices.Range(m.layout.MMIO64)}
 	m.pci = pci.NewRootComplex(m.mmio, l, m.log)
-	err := m.mmio.Insert(l.ECAM, "ecam", m.pci)
+	m.onClose(m.nics.close)
+	err := errors.Join(
+		m.mmio.Insert(l.ECAM, "ecam", m.pci),
+		m.ports.Insert(devices.Range{Base: chipset.SlotPort, Size: pci.SlotBlockSize}, "slots", m.pci.SlotBlock()))
 	m.recoverBindings()
 	b := builder{Machine: m, ctx: ctx}
 	return errors.Join(err, b.build())
@@ -283,7 +286,10 @@ func (m *Machine) loadKernel() (boot.Entry, error) {
 			Event:        chipset.EventPort,
 			EventGSI:     chipset.GEDPin,
 			PowerButton:  chipset.EventPowerButton,
+			SlotEvent:    chipset.EventSlot,
 		},
+		SlotBlock:     chipset.SlotPort,
+		RootPorts:     m.acpiPorts(),
 		Panic:         chipset.PanicPort,
 		Serial:        m.serial != nil,
 		NativeHotplug: m.cfg.Machine.NativeHotplug,

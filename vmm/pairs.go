@@ -88,8 +88,8 @@ func (m *Machine) addStandby(d *Device) {
 	p := &failoverPair{m: m, standby: d.ID}
 	p.Pair = failover.New(p, failover.Policy{})
 	m.pairs = append(m.pairs, p)
-	for i := range m.devices {
-		if other := &m.devices[i]; other.Text(pairID) == d.ID {
+	for _, other := range m.devices {
+		if other.Text(pairID) == d.ID {
 			p.take(other.Device)
 			p.device, p.plugged = *other, true
 			p.Adopt()
@@ -178,9 +178,9 @@ func (p *failoverPair) Open(done func(error)) {
 		p.reserve(done)
 	default: // what does not take long
 		b := builder{Machine: p.m, ctx: context.Background()}
-		fn, err := b.make(p.primary)
+		dev, err := b.make(p.primary)
 		if err == nil {
-			p.device = device{p.primary, fn, b.model}
+			p.device = *dev
 		}
 		done(err)
 	}
@@ -249,12 +249,11 @@ func (m *Machine) closePairs() error {
 
 // Plug is failover.Host.
 func (p *failoverPair) Plug() error {
-	b := builder{Machine: p.m}
-	if err := b.plug(p.primary, p.device.fn); err != nil {
+	if err := p.m.plugIn(&p.device); err != nil {
 		return err
 	}
 	p.plugged = true
-	p.m.devices = append(p.m.devices, p.device)
+	p.m.devices = append(p.m.devices, &p.device)
 	return nil
 }
 
@@ -262,11 +261,7 @@ func (p *failoverPair) Plug() error {
 func (p *failoverPair) pull() error {
 	p.plugged = false
 	p.m.dropDevice(p.device.fn)
-	for _, bus := range p.m.pci.Buses() {
-		if bus.ID == p.primary.Bus {
-			return bus.Remove(p.device.fn)
-		}
-	}
+	p.m.slotOf(p.primary).Take()
 	return nil
 }
 

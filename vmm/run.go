@@ -61,7 +61,8 @@ type control struct {
 
 	monitors []monitor
 	shared   *char.Monitor // on the serial port's terminal, may be nil
-	devices  []device
+	devices  []*device
+	runs     context.Context // Run's
 	nics     nics
 	files    map[string]*os.File // of getfd, by name
 	pairs    []*failoverPair
@@ -147,6 +148,7 @@ func (m *Machine) State() State {
 // it returns.
 func (m *Machine) Run(ctx context.Context) error {
 	defer close(m.ended)
+	m.runs = ctx
 	done := make(chan struct{}, len(m.vcpus))
 	for _, c := range m.vcpus {
 		go func() { c.run(); done <- struct{}{} }()

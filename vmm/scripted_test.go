@@ -217,8 +217,8 @@ func (s *scripted) probe(id string) *guestDriver {
 	d := &guestDriver{s: s}
 	var port uint64
 	s.do(func() {
-		for i := range s.devices {
-			if dev := &s.devices[i]; dev.ID == id {
+		for _, dev := range s.devices {
+			if dev.ID == id {
 				s.pci.Walk(func(at pci.BDF, f pci.Function) {
 					address := s.layout.ECAM.Base + uint64(at)<<12
 					switch {

@@ -119,6 +119,9 @@ func (p *RootPort) Close() error { return p.msix.Close() }
 // Secondary is the bus behind the port.
 func (p *RootPort) Secondary() *Bus { return p.secondary }
 
+// Address is where the port is, once it is on the root bus.
+func (p *RootPort) Address() BDF { return BDF(p.c.at.Load().devfn) }
+
 // Number is the chassis and the physical slot number, which together name the slot.
 func (p *RootPort) Number() (chassis uint8, slot uint16) { return p.cfg.Chassis, p.cfg.Slot }
 

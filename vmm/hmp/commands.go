@@ -25,6 +25,8 @@ func commands() []command {
 		just("stop", "s", "stop the guest"),
 		just("system_powerdown", "", "press the power button"),
 		just("system_reset", "", "reset the guest"),
+		{name: "device_add", params: "DRIVER[,KEY=VALUE...]", help: "plug a device into a free slot, or that of bus=", qmp: "device_add", run: (*Monitor).deviceAdd},
+		{name: "device_del", params: "ID [MODE]", help: "unplug a device: cooperative, which asks the guest, or surprise", qmp: "device_del", run: (*Monitor).deviceDel},
 		{name: "netdev_add", params: "tap,id=ID[,KEY=VALUE...]", help: "add a host's side of a network card", qmp: "netdev_add", run: (*Monitor).netdevAdd},
 		{name: "netdev_del", params: "ID", help: "remove one", qmp: "netdev_del", run: func(m *Monitor, args []string) (string, error) {
 			_, err := m.cfg.Execute("netdev_del", map[string]any{"id": args[0]})
@@ -69,21 +71,36 @@ func (m *Monitor) help(args []string) (string, error) {
 	return list("", []command{*c}), nil
 }
 
-// netdevAdd takes what -netdev takes.
-func (m *Monitor) netdevAdd(args []string) (string, error) {
+// Word is a value whose type only the command knows, as people do not write any.
+type Word string
+
+// words reads "first,key=value,flag", where first is the value of the key implied, as an option
+// of the command line.
+func words(text, implied string) (map[string]any, error) {
 	object := map[string]any{}
-	text := strings.ReplaceAll(args[0], ",,", "\x00")
-	for i, word := range strings.Split(text, ",") {
+	for i, word := range strings.Split(strings.ReplaceAll(text, ",,", "\x00"), ",") {
 		key, value, given := strings.Cut(strings.ReplaceAll(word, "\x00", ","), "=")
 		if !given && i == 0 {
-			key, value = "type", key
+			key, value = implied, key
 		} else if !given {
 			value = "on"
 		}
 		if _, twice := object[key]; twice {
-			return "", fmt.Errorf("%s: given twice", key)
+			return nil, fmt.Errorf("%s: given twice", key)
 		}
-		switch key {
+		object[key] = Word(value)
+	}
+	return object, nil
+}
+
+// netdevAdd takes what -netdev takes.
+func (m *Monitor) netdevAdd(args []string) (string, error) {
+	object, err := words(args[0], "type")
+	if err != nil {
+		return "", err
+	}
+	for key, v := range object {
+		switch value := string(v.(Word)); key {
 		case "vhost":
 			object[key] = value == "on"
 		case "queues":
@@ -92,7 +109,32 @@ func (m *Monitor) netdevAdd(args []string) (string, error) {
 			object[key] = value
 		}
 	}
-	_, err := m.cfg.Execute("netdev_add", object)
+	_, err = m.cfg.Execute("netdev_add", object)
+	return "", err
+}
+
+// deviceAdd takes what -device takes.
+func (m *Monitor) deviceAdd(args []string) (string, error) {
+	object, err := words(args[0], "driver")
+	if err != nil {
+		return "", err
+	}
+	if driver, ok := object["driver"].(Word); ok {
+		object["driver"] = string(driver)
+	}
+	if id, ok := object["id"].(Word); ok {
+		object["id"] = string(id)
+	}
+	_, err = m.cfg.Execute("device_add", object)
+	return "", err
+}
+
+func (m *Monitor) deviceDel(args []string) (string, error) {
+	object := map[string]any{"id": args[0]}
+	if len(args) > 1 {
+		object["mode"] = args[1]
+	}
+	_, err := m.cfg.Execute("device_del", object)
 	return "", err
 }
 
@@ -202,6 +244,10 @@ type (
 				Prefetchable                   pciRange `json:"prefetchable_range"`
 			}
 			Devices []pciDevice
+			Slot    *struct {
+				Number int
+				State  string
+			} `json:"x-slot"`
 		} `json:"pci_bridge"`
 	}
 )
@@ -232,6 +278,9 @@ func (d *pciDevice) print(b *strings.Builder) {
 		fmt.Fprintf(b, "      BUS %d.\n      secondary bus %d.\n      subordinate bus %d.\n", bus.Number, bus.Secondary, bus.Subordinate)
 		fmt.Fprintf(b, "      memory range [0x%08x, 0x%08x]\n", bus.Memory.Base, bus.Memory.Limit)
 		fmt.Fprintf(b, "      prefetchable memory range [0x%08x, 0x%08x]\n", bus.Prefetchable.Base, bus.Prefetchable.Limit)
+	}
+	if d.Bridge != nil && d.Bridge.Slot != nil {
+		fmt.Fprintf(b, "      slot %d: %s\n", d.Bridge.Slot.Number, d.Bridge.Slot.State)
 	}
 	for _, r := range d.Regions {
 		kind, digits := "I/O", 4

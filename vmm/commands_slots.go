@@ -1,0 +1,164 @@
+package vmm
+
+import (
+	"encoding/json"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"baton/devices/pci"
+	"baton/vmm/hmp"
+	"baton/vmm/qmp"
+)
+
+// unplugDeadline is how long device_del waits for a guest unless it is told otherwise. A guest
+// that boots does not listen for a while; an attention button takes 5 s.
+const unplugDeadline = 30 * time.Second
+
+type (
+	deviceAddArgs struct {
+		Driver string   `json:"driver"`
+		Rest   qmp.Rest // its properties
+	}
+	deviceDelArgs struct {
+		ID       string      `json:"id"` // or the path in the object model
+		Mode     *unplugMode `json:"mode"`
+		Deadline *int64      `json:"deadline"` // milliseconds
+	}
+	unplugMode  string
+	deviceEvent struct {
+		Device string `json:"device,omitempty"`
+		Path   string `json:"path"`
+	}
+	// unplugError is QEMU's event with baton's reason and slot.
+	unplugError struct {
+		Device string `json:"device,omitempty"`
+		Path   string `json:"path"`
+		Reason string `json:"reason"`
+		Bus    string `json:"bus"`
+		Slot   string `json:"slot-state"`
+	}
+)
+
+func (unplugMode) Values() []string { return []string{pci.Cooperative.String(), pci.Surprise.String()} }
+
+func (m *Machine) slotCommands() []qmp.Command {
+	return []qmp.Command{
+		qmp.New("device_add", func(a deviceAddArgs) (none qmp.None, err error) { return none, m.deviceAdd(a) }),
+		qmp.New("device_del", func(a deviceDelArgs) (none qmp.None, err error) { return none, m.deviceDel(a) }),
+	}
+}
+
+// parseDevice reads the arguments of device_add.
+func (m *Machine) parseDevice(a deviceAddArgs) (d Device, err error) {
+	row := find(drivers, func(r *driver) bool { return r.name == a.Driver || slices.Contains(r.aliases, a.Driver) })
+	switch id, _ := a.Rest["id"].(string); {
+	case row == nil:
+		return d, qmp.Errorf(qmp.GenericError, "'%s' is not a valid device model name", a.Driver)
+	case id != "" && slices.ContainsFunc(m.cfg.Devices, func(d Device) bool { return d.ID == id }):
+		return d, qmp.Errorf(qmp.GenericError, "Duplicate device ID '%s'", id)
+	}
+	if err := checkTypes(row, a.Rest); err != nil {
+		return d, err
+	}
+	object := maps.Clone(map[string]any(a.Rest))
+	object["driver"] = a.Driver
+	text, err := json.Marshal(object)
+	if err != nil {
+		return d, err
+	}
+	s, vals, _, err := parseObject(string(text), "driver", driverSchemas())
+	if err != nil {
+		return d, err
+	}
+	return newDevice(s.name, vals), row.missing(vals)
+}
+
+// checkTypes is as strict as QEMU with what JSON has types for. Words of the human monitor have
+// none.
+func checkTypes(row *driver, args map[string]any) error {
+	for _, name := range slices.Sorted(maps.Keys(args)) {
+		p := row.prop(name)
+		if _, word := args[name].(hmp.Word); word || p == nil {
+			continue
+		}
+		want, ok := "string", false
+		switch _, number := args[name].(json.Number); p.kind {
+		case kindBool:
+			want = "boolean"
+			_, ok = args[name].(bool)
+		case kindUint, kindPow2:
+			want, ok = "integer", number
+		case kindAddr:
+			if ok = number; !ok {
+				_, ok = args[name].(string)
+			}
+		default:
+			_, ok = args[name].(string)
+		}
+		if !ok {
+			return qmp.Errorf(qmp.GenericError, "Invalid parameter type for '%s', expected: %s", name, want)
+		}
+	}
+	return nil
+}
+
+// deviceAdd is device_add.
+func (m *Machine) deviceAdd(a deviceAddArgs) error {
+	d, err := m.parseDevice(a)
+	if err != nil {
+		return err
+	}
+	if d.Bus != "" && d.on(busPCI) {
+		known := d.Bus == RootBus || slices.ContainsFunc(m.pci.Ports(), func(p *pci.RootPort) bool { return p.Secondary().ID == d.Bus })
+		if !known {
+			return qmp.Errorf(qmp.GenericError, "Bus '%s' not found", d.Bus)
+		}
+	}
+	switch {
+	case d.Bus == RootBus || d.Driver == "pcie-root-port":
+		return qmp.Errorf(qmp.GenericError, "Bus '%s' does not support hotplugging", RootBus)
+	case !d.on(busPCI):
+		return qmp.Errorf(qmp.GenericError, "Device '%s' does not support hotplugging", d.Driver)
+	}
+	return m.plugDevice(d)
+}
+
+// deviceDel is device_del: it begins to unplug, and an event says how that ends.
+func (m *Machine) deviceDel(a deviceDelArgs) error {
+	mode, deadline := pci.Cooperative, unplugDeadline
+	if a.Mode != nil && string(*a.Mode) == pci.Surprise.String() {
+		mode = pci.Surprise
+	}
+	if a.Deadline != nil {
+		if *a.Deadline <= 0 || *a.Deadline > int64(24*time.Hour/time.Millisecond) {
+			return qmp.Errorf(qmp.GenericError, "Parameter 'deadline' expects milliseconds, up to a day")
+		}
+		deadline = time.Duration(*a.Deadline) * time.Millisecond
+	}
+	d := m.qomDevice(a.ID)
+	if d != nil && d.unplug != nil && d.unplug.del && (mode == pci.Cooperative || d.unplug.mode == pci.Surprise) {
+		return inProcess(d)
+	}
+	again := d != nil && d.unplug != nil && d.unplug.del
+	err := m.unplug(a.ID, mode, deadline, func(err error) {
+		switch {
+		case again: // who asked first answers
+		case err == nil:
+			m.deleteDevice(d)
+		default:
+			m.events.Publish("DEVICE_UNPLUG_GUEST_ERROR", unplugError{d.ID, d.path(), firstLine(err), d.Bus, m.slotOf(d.Device).State().String()})
+		}
+	})
+	if err == nil && d.unplug != nil {
+		d.unplug.del = true
+	}
+	return err
+}
+
+// firstLine is an error without its hints.
+func firstLine(err error) string {
+	line, _, _ := strings.Cut(err.Error(), "\n")
+	return line
+}
