@@ -34,6 +34,24 @@ func (n *nics) borrow(ctx context.Context, spec *Netdev) (virtionet.Backend, err
 	return &borrowed{backend, spec.ID, n}, nil
 }
 
+// openNetdevs opens those that no device uses yet.
+func (m *Machine) openNetdevs(ctx context.Context) error {
+	var errs []error
+	for i := range m.cfg.Netdevs {
+		n := &m.cfg.Netdevs[i]
+		if slices.ContainsFunc(m.cfg.Devices, func(d Device) bool { return d.Text("netdev") == n.ID }) {
+			continue
+		}
+		backend, err := netBackend(ctx, n)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("netdev %s: %w", n.ID, err))
+			continue
+		}
+		m.nics.giveBack(n.ID, backend)
+	}
+	return errors.Join(errs...)
+}
+
 // take returns the backend of a netdev that no device uses, nil if it has none.
 func (n *nics) take(id string) virtionet.Backend {
 	n.mu.Lock()

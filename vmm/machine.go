@@ -208,7 +208,7 @@ func (m *Machine) buildDevices(ctx context.Context) error {
 		m.ports.Insert(devices.Range{Base: chipset.SlotPort, Size: pci.SlotBlockSize}, "slots", m.pci.SlotBlock()))
 	m.recoverBindings()
 	b := builder{Machine: m, ctx: ctx}
-	return errors.Join(err, b.build())
+	return errors.Join(err, b.build(), m.openNetdevs(ctx))
 }
 
 // buildVCPUs makes the processors, which have not run yet.

@@ -1,0 +1,243 @@
+// Package hotplug plugs devices into the slots of a stock Linux that runs, and unplugs them, by
+// every way that there is, under traffic.
+package hotplug
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"baton/tests/harness"
+)
+
+func TestMain(m *testing.M) { harness.Main(m) }
+
+const (
+	bootLimit = 2 * time.Minute
+	limit     = 90 * time.Second
+
+	hostAddr  = "10.77.0.1"
+	guestAddr = "10.77.0.2"
+	mac       = "52:54:00:00:77:01"
+	tap       = "bat77"
+)
+
+// A vm is a guest with three empty slots, of root ports r1 to r3 (r3 without a button), and with
+// a TAP and a disk that no device uses.
+type vm struct {
+	*testing.T
+	g *harness.Guest
+	q *harness.QMP
+}
+
+// start boots a guest; options are added to the command line, words to the kernel's.
+func start(t *testing.T, options []string, words ...string) *vm {
+	t.Helper()
+	quietKernel(t)
+	dir, err := os.MkdirTemp("", "hotplug") // short enough for a socket's name
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	disk := filepath.Join(dir, "disk")
+	if err := os.WriteFile(disk, make([]byte, 64<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	sock := filepath.Join(dir, "qmp")
+	args := append(harness.Linux(t, words...), "-m", "256M", "-smp", "2", "-qmp", "unix:"+sock+",server=on,wait=off",
+		"-device", "pcie-root-port,id=r1,chassis=1", "-device", "pcie-root-port,id=r2,chassis=2",
+		"-device", "pcie-root-port,id=r3,chassis=3,attention-button=off",
+		"-netdev", "tap,id=n,script=no,downscript=no,ifname="+tap, "-blockdev", "file,node-name=d,filename="+disk)
+	g := harness.Start(t, harness.GuestConfig{Args: append(args, options...)})
+	return &vm{t, g, harness.DialQMP(t, harness.Context(t, 8*time.Minute), sock)}
+}
+
+func (v *vm) sh(script string) string { v.Helper(); return v.g.Sh(harness.Context(v, limit), script) }
+
+// plugDisk plugs the disk into a slot and returns its name in the guest, once it is there.
+func (v *vm) plugDisk(bus string) string {
+	v.Helper()
+	v.q.Do("device_add", map[string]any{"driver": "virtio-blk-pci", "id": "disk0", "drive": "d", "bus": bus})
+	return v.sh("until [ -e /sys/block/vda/size ]; do sleep 0.02; done; echo vda")
+}
+
+// plugNIC plugs the NIC into a slot, and gives both ends their addresses.
+func (v *vm) plugNIC(bus string) (name string) {
+	v.Helper()
+	v.q.Do("device_add", map[string]any{"driver": "virtio-net-pci", "id": "nic0", "netdev": "n", "mac": mac, "bus": bus})
+	v.sh("until grep -qs " + mac + " /sys/class/net/*/address; do sleep 0.02; done")
+	return strings.TrimSpace(v.g.Output(harness.Context(v, limit), "@addr", mac, guestAddr+"/24"))
+}
+
+// unplug has a device go and returns how long that took.
+func (v *vm) unplug(id, mode string) time.Duration {
+	v.Helper()
+	start := time.Now()
+	v.q.Do("device_del", map[string]any{"id": id, "mode": mode})
+	var data struct{ Device, Path string }
+	if err := json.Unmarshal(v.q.WaitEvent("DEVICE_DELETED").Data, &data); err != nil || data.Device != id || data.Path != "/machine/peripheral/"+id {
+		v.Errorf("DEVICE_DELETED: %+v, %v", data, err)
+	}
+	return time.Since(start)
+}
+
+// slot is the state of a port's slot, by query-pci.
+func (v *vm) slot(bus string) string {
+	v.Helper()
+	var buses []struct {
+		Devices []struct {
+			ID     string `json:"qdev_id"`
+			Bridge struct {
+				Slot struct{ State string } `json:"x-slot"`
+			} `json:"pci_bridge"`
+		}
+	}
+	if err := json.Unmarshal(v.q.Do("query-pci", nil), &buses); err != nil {
+		v.Fatal(err)
+	}
+	for _, d := range buses[0].Devices {
+		if d.ID == bus {
+			return d.Bridge.Slot.State
+		}
+	}
+	v.Fatalf("no root port %s", bus)
+	return ""
+}
+
+// healthy checks that neither kernel has anything to complain about, and turns the guest off.
+func (v *vm) healthy() {
+	v.Helper()
+	text := v.g.Output(harness.Context(v, limit), "@dmesg")
+	for _, line := range regexp.MustCompile(`.*(?:BUG:|WARNING:|Oops|Call Trace|AER:|no space for|can't assign|failed to assign|hung|stall).*`).FindAllString(text, -1) {
+		v.Errorf("the guest's kernel: %s", line)
+	}
+	v.g.Output(harness.Context(v, limit), "@poweroff")
+	if code := v.g.Wait(harness.Context(v, limit)); code != 0 {
+		v.Errorf("exit code %d", code)
+	}
+}
+
+// quietKernel fails the test if the host's kernel complains while it runs.
+func quietKernel(t *testing.T) {
+	t.Helper()
+	mark := fmt.Sprintf("%s starts at %d", t.Name(), time.Now().UnixNano())
+	if err := os.WriteFile("/dev/kmsg", []byte(mark), 0); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		buf := make([]byte, 4<<20)
+		n, err := unix.Klogctl(unix.SYSLOG_ACTION_READ_ALL, buf)
+		_, text, found := strings.Cut(string(buf[:max(n, 0)]), mark)
+		if err != nil || !found {
+			t.Fatalf("read the kernel log: %v", err)
+		}
+		for _, line := range regexp.MustCompile(`.*(?:WARNING:|BUG:|Oops|Call Trace|DMAR:.*[Ff]ault|irq \d+: nobody cared).*`).FindAllString(text, -1) {
+			t.Errorf("the host's kernel: %s", line)
+		}
+	})
+}
+
+// A way to unplug: from a slot of a machine.
+type way struct {
+	name, bus, mode string
+	machine         string
+	most            time.Duration // that the guest may need, in the nested host
+}
+
+var ways = []way{
+	{"ACPI", "r1", "cooperative", "q35", 5 * time.Second},
+	{"ACPI, surprise", "r2", "surprise", "q35", 5 * time.Second},
+	{"native, button", "r1", "cooperative", "q35,native-hotplug=on", 15 * time.Second},
+	{"native, no button", "r3", "cooperative", "q35,native-hotplug=on", 5 * time.Second},
+	{"native, surprise", "r2", "surprise", "q35,native-hotplug=on", 5 * time.Second},
+}
+
+// TestWays plugs a disk and a NIC and unplugs them under traffic, by every way, twice.
+func TestWays(t *testing.T) {
+	for _, machine := range []string{"q35", "q35,native-hotplug=on"} {
+		t.Run(machine, func(t *testing.T) {
+			v := start(t, []string{"-machine", machine})
+			v.g.Output(harness.Context(t, bootLimit), "true")
+			addAddr(t)
+			for _, w := range ways {
+				if w.machine == machine {
+					for i := range 2 {
+						v.disk(t, w, i)
+						v.nic(t, w, i)
+					}
+				}
+			}
+			v.healthy()
+		})
+	}
+}
+
+// In is the vm for a subtest.
+func (v *vm) In(t *testing.T) *vm { return &vm{t, v.g.In(t), v.q} }
+
+func (v *vm) disk(t *testing.T, w way, i int) {
+	t.Run(fmt.Sprintf("%s, disk %d", w.name, i), func(t *testing.T) {
+		v := v.In(t)
+		start := time.Now()
+		name := v.plugDisk(w.bus)
+		plugged := time.Since(start)
+		// The first write says that the traffic has begun.
+		v.sh("(while dd if=/dev/" + name + " of=/dev/null bs=64k count=64; do :; done) >/tmp/dd 2>&1 & until [ -s /tmp/dd ]; do sleep 0.02; done")
+		if s := v.slot(w.bus); s != "present" {
+			t.Errorf("slot is %s", s)
+		}
+		took := v.unplug("disk0", w.mode)
+		v.gone(w, "[ -e /sys/block/"+name+" ]")
+		t.Logf("plug to the disk in the guest %v, unplug %v", plugged.Round(time.Millisecond), took.Round(time.Millisecond))
+		if took > w.most {
+			t.Errorf("unplug took %v", took)
+		}
+	})
+}
+
+func (v *vm) nic(t *testing.T, w way, i int) {
+	t.Run(fmt.Sprintf("%s, NIC %d", w.name, i), func(t *testing.T) {
+		v := v.In(t)
+		start := time.Now()
+		name := v.plugNIC(w.bus)
+		plugged := time.Since(start)
+		ping := exec.CommandContext(harness.Context(t, limit), "ping", "-n", "-i", "0.02", guestAddr)
+		if err := ping.Start(); err != nil {
+			t.Fatal(err)
+		}
+		defer func() { ping.Process.Kill(); _ = ping.Wait() }()
+		v.sh("ping -c 3 -i 0.1 -W 20 " + hostAddr)
+		took := v.unplug("nic0", w.mode)
+		v.gone(w, "[ -e /sys/class/net/"+name+" ]")
+		t.Logf("plug to an address in the guest %v, unplug %v", plugged.Round(time.Millisecond), took.Round(time.Millisecond))
+		if took > w.most {
+			t.Errorf("unplug took %v", took)
+		}
+	})
+}
+
+// gone waits until the guest has let go and its slot is empty again.
+func (v *vm) gone(w way, there string) {
+	v.Helper()
+	v.sh("while " + there + "; do sleep 0.02; done")
+	for s := ""; s != "empty"; { // the guest's last word follows at once
+		if s = v.slot(w.bus); s != "empty" && s != "draining" {
+			v.Fatalf("slot is %s after the unplug", s)
+		}
+	}
+}
+
+func addAddr(t *testing.T) {
+	t.Helper()
+	if out, err := exec.Command("sh", "-ec", "ip addr add "+hostAddr+"/24 dev "+tap+"; ip link set "+tap+" up").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+}
