@@ -207,9 +207,7 @@ func (s *Slot) Withdraw() (done bool) {
 
 // pull takes the device off the bus. Unaware says that the guest does not know yet.
 func (s *Slot) pull(after *then, unaware bool) {
-	for _, f := range s.port.secondary.clear() {
-		s.draining = append(s.draining, f)
-	}
+	s.draining = append(s.draining, s.port.secondary.clear()...)
 	s.state, s.unaware, s.eject, s.asked = SlotDraining, unaware, false, false
 	if s.native() && s.indicator == indicatorOff {
 		s.unaware = false // it does not use what is in there
