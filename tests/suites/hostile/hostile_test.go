@@ -306,7 +306,7 @@ func (m *machine) badQueues() {
 				m.t.Errorf("%s: queues %s: the device's status is %q, want it to ask for a reset", function, name, got)
 			}
 		}
-		m.do(bind)
+		m.do(poke(at+deviceStatus, 8, 0) + bind) // a driver expects a device that is reset
 	}
 	m.works(m.t, true)
 }
