@@ -75,13 +75,16 @@ func (m *Machine) parseDevice(a deviceAddArgs) (d Device, err error) {
 	return newDevice(s.name, vals), row.missing(vals)
 }
 
-// checkTypes is as strict as QEMU with what JSON has types for. Words of the human monitor have
-// none.
+// checkTypes is as strict as QEMU with names, and what JSON has types for. Words of the human monitor
+// have none, and errors that suggest the nearest name.
 func checkTypes(row *driver, args map[string]any) error {
 	for _, name := range slices.Sorted(maps.Keys(args)) {
 		p := row.prop(name)
-		if _, word := args[name].(hmp.Word); word || p == nil {
+		if _, word := args[name].(hmp.Word); word {
 			continue
+		}
+		if p == nil {
+			return qmp.Errorf(qmp.GenericError, "Property '%s.%s' not found", row.name, name)
 		}
 		want, ok := "string", false
 		switch _, number := args[name].(json.Number); p.kind {

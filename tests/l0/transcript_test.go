@@ -100,6 +100,22 @@ var transcript = strings.Split(`{"execute":"query-status"}
 {"execute":"netdev_del","arguments":{"id":"n2"}}
 {"execute":"netdev_del","arguments":{"id":"n2"}}
 {"execute":"netdev_del","arguments":{"id":"net1"}}
+{"execute":"device_add"}
+{"execute":"device_add","arguments":{"id":"r1"}}
+{"execute":"device_add","arguments":{"driver":"nosuch","id":"r1"}}
+{"execute":"device_add","arguments":{"driver":"virtio-rng-pci","id":"r1","bus":"nosuch"}}
+{"execute":"device_add","arguments":{"driver":"virtio-rng-pci","id":"r1","bus":"pcie.0"}}
+{"execute":"device_add","arguments":{"driver":"virtio-rng-pci","id":"r1","bus":"root1","zz":1}}
+{"execute":"device_add","arguments":{"driver":"virtio-rng-pci","id":"r1","bus":"root1","multifunction":"on"}}
+{"execute":"device_add","arguments":{"driver":"virtio-net-pci","id":"n3","bus":"root1","netdev":"nosuch"}}
+{"execute":"device_add","arguments":{"driver":"virtio-net-pci","id":"n3","bus":"root1","netdev":"hostnet1"}}
+{"execute":"device_add","arguments":{"driver":"virtio-rng-pci","id":"r1","bus":"root1"}}
+{"execute":"device_add","arguments":{"driver":"virtio-rng-pci","id":"r1","bus":"root1"}}
+{"execute":"device_add","arguments":{"driver":"virtio-rng-pci","id":"r2","bus":"root1"}}
+{"execute":"query-pci"}
+{"execute":"device_del"}
+{"execute":"device_del","arguments":{"id":"nosuch"}}
+{"execute":"device_del","arguments":{"id":"/machine/peripheral/nosuch"}}
 {"execute":"stop"}
 {"execute":"query-status"}
 {"execute":"cont"}
@@ -213,6 +229,14 @@ func differ(at string, got, want []any) (list []string) {
 // said are values that clients compare with, and have to be the same.
 var said = map[string]bool{"error": true, "event": true, "status": true, "running": true, "data": true, "id": true}
 
+// ownWords are parts of lines to which baton's error has the same class and words of its own, which
+// say what to do; no client is known to look at them.
+var ownWords = []string{`"id":"n3"`, `"id":"r2"`}
+
+func reworded(line string) bool {
+	return slices.ContainsFunc(ownWords, func(w string) bool { return strings.Contains(line, w) })
+}
+
 func TestTranscript(t *testing.T) {
 	qemu, err := exec.LookPath(harness.QEMU)
 	if err != nil || os.Geteuid() != 0 {
@@ -247,6 +271,11 @@ func TestTranscript(t *testing.T) {
 		}
 		for n := range got[i] {
 			list := differ("", []any{got[i][n]}, []any{want[i][n]})
+			if reworded(line) {
+				for _, answer := range []map[string]any{got[i][n], want[i][n]} {
+					delete(answer["error"].(map[string]any), "desc")
+				}
+			}
 			for k := range maps.Keys(said) {
 				if !reflect.DeepEqual(got[i][n][k], want[i][n][k]) {
 					list = append(list, fmt.Sprintf("%s: %v, want %v", k, got[i][n][k], want[i][n][k]))
