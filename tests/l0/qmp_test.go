@@ -211,22 +211,46 @@ func TestQMPBadClients(t *testing.T) {
 // QMP as a client, waited for as a server, and on stdio.
 func TestQMPElsewhere(t *testing.T) {
 	kernel := tiny.Kernel(t, tiny.Halt)
-	t.Run("client", func(t *testing.T) {
-		path := filepath.Join(shortDir(t), "qmp")
-		l, err := net.Listen("unix", path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer l.Close()
-		g := start(t, kernel, "-qmp", "unix:"+path)
-		conn, err := l.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
-		fmt.Fprint(conn, `{"execute":"qmp_capabilities"}{"execute":"quit"}`)
-		if text := readAll(t, conn); !strings.HasPrefix(text, `{"QMP":{"version":`) || !strings.Contains(text, `"host-qmp-quit"`) {
-			t.Errorf("heard %s", text)
+	for _, network := range []string{"unix", "tcp"} {
+		t.Run(network+" client", func(t *testing.T) {
+			address := map[string]string{"unix": filepath.Join(shortDir(t), "qmp"), "tcp": "127.0.0.1:0"}[network]
+			l, err := net.Listen(network, address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			g := start(t, kernel, "-qmp", network+":"+l.Addr().String())
+			conn, err := l.Accept()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			fmt.Fprint(conn, `{"execute":"qmp_capabilities"}{"execute":"quit"}`)
+			if text := readAll(t, conn); !strings.HasPrefix(text, `{"QMP":{"version":`) || !strings.Contains(text, `"host-qmp-quit"`) {
+				t.Errorf("heard %s", text)
+			}
+			ends(t, g, "host-qmp-quit")
+		})
+	}
+	// A reply of more than 64 KiB, to one of two clients.
+	t.Run("tcp server", func(t *testing.T) {
+		address := "127.0.0.1:" + freePort(t)
+		g := start(t, kernel, "-qmp", "tcp:"+address+",server=on,wait=off")
+		g.WaitEvent(harness.Context(t, limit), "RESUME")
+		long := strings.Repeat("long", 100<<10)
+		for _, id := range []string{"short", long} {
+			conn, err := net.Dial("tcp", address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			fmt.Fprintf(conn, `{"execute":"qmp_capabilities"}{"execute":"query-name","id":%q}`, id)
+			if id == long {
+				fmt.Fprint(conn, `{"execute":"quit"}`)
+				if text := readAll(t, conn); !strings.Contains(text, `{"return":{},"id":"`+id+`"}`) {
+					t.Errorf("heard %d bytes: %.300s", len(text), text)
+				}
+			}
 		}
 		ends(t, g, "host-qmp-quit")
 	})

@@ -60,8 +60,20 @@ func TestQMPShell(t *testing.T) {
 		c := talk(t, "python3", program, socket)
 		c.see(0, `^Connected to QEMU 10\.0\.2\n`)
 		c.ask("query-status", `{"return": {"status": "prelaunch", "running": false}}`)
-		// An empty line shows the events so far.
-		return shell{c, `{"return": {}}\n`, func(name string) { t.Helper(); c.ask("", `'event': '`+name+`'`) }}
+		heard := 0
+		return shell{c, `{"return": {}}\n`, func(name string) {
+			t.Helper()
+			event := "'event': '" + name + "'"
+			for ctx := harness.Context(t, limit); ; c.ask("", `\(QEMU\) $`) { // an empty line shows the events so far
+				if i := strings.Index(c.String()[heard:], event); i >= 0 {
+					heard += i + len(event)
+					return
+				}
+				if ctx.Err() != nil {
+					t.Fatalf("no %s; it shows %q", name, c.String()[heard:])
+				}
+			}
+		}}
 	})
 }
 
@@ -110,6 +122,13 @@ func life(t *testing.T, dial func(socket string) shell) {
 	s.do("set_link name=net1 up=true")
 	until(ctx, t, g, carrier, "1")
 	s.ask("set_link name=nosuch up=true", `Device 'nosuch' not found`)
+
+	const devices = "cat /sys/bus/pci/devices/*/device | grep -c 0x1044" // virtio-rng: VIRTIO 1.2, 4.1.2.1
+	s.do("device_add driver=virtio-rng-pci id=rng1 bus=root1")
+	until(ctx, t, g, devices, "1")
+	s.do("device_del id=rng1")
+	s.event("DEVICE_DELETED")
+	until(ctx, t, g, devices, "0")
 
 	before, err := strconv.Atoi(g.Sh(ctx, buttons))
 	if err != nil {

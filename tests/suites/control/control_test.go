@@ -95,6 +95,9 @@ func until(ctx context.Context, t *testing.T, g *harness.Guest, script, want str
 func TestPatchSeries(t *testing.T) {
 	peer := harness.NewPeer(t, "10.88.0.2/24")
 	harness.Bridge(t, "br0", peer.Uplink)
+	vf := harness.PFs(t)[0].CreateVFs(t, 1)[0]
+	vf.SetMAC(t, mac)
+	vf.BindVFIO(t)
 	// The script's place is part of the command line.
 	if err := os.MkdirAll("/root/bin", 0o755); err != nil {
 		t.Fatal(err)
@@ -150,6 +153,17 @@ func TestPatchSeries(t *testing.T) {
 	}
 	until(ctx, t, g, carrier, "1")
 	peer.Ping(ctx, "10.88.0.3")
+
+	// The series goes on: "then the primary device can be hotplugged via".
+	const cards = "cat /sys/class/net/*/address | grep -c " + mac // failover master, standby, primary
+	until(ctx, t, g, cards, "2")
+	c.ask("device_add vfio-pci,host="+strings.TrimPrefix(vf.PCI, "0000:")+",id=hostdev0,bus=root1,standby=net1", `\(qemu\) $`)
+	c.ask("info pci", `Ethernet controller: PCI device 8086:10ca\n(.*\n)*      id "hostdev0"\n`)
+	until(ctx, t, g, cards, "3")
+	peer.Ping(ctx, "10.88.0.3")
+	c.ask("device_del hostdev0", `\(qemu\) $`)
+	q.WaitEvent("DEVICE_DELETED")
+	until(ctx, t, g, cards, "2")
 
 	before := g.Sh(ctx, buttons)
 	c.ask("system_powerdown", `\(qemu\) $`)
