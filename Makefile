@@ -48,6 +48,7 @@ bench: $(NESTED) build images $(CACHE)/bin/gokvm ## compare with QEMU, in the ne
 
 images: install ## build the guests' initramfs images into .cache/images
 	@cd guest-images && $(GO) run . test demo
+	@[ ! -d $(CACHE)/linux-6.1 ] || { cd guest-images && $(GO) run . -root $(CACHE)/linux-6.1 -o $(CACHE)/images/6.1 test; }
 
 lint: install $(CACHE)/bin/staticcheck ## gofmt, vet, staticcheck, import arrows
 	@files=$$(git ls-files -co --exclude-standard '*.go' | xargs gofmt -l); [ -z "$$files" ] || { echo "not formatted: $$files"; exit 1; }

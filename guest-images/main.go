@@ -1,6 +1,6 @@
 // Command guest-images builds the initramfs images of tests and demo:
 //
-//	go run . [-o DIR] [-kernel VERSION] [-modules A,B] test|demo...
+//	go run . [-o DIR] [-root DIR] [-kernel VERSION] [-modules A,B] test|demo...
 //
 //	cmds/agent ─ go build ─> /init ──────────────────────────┐
 //	u-root commands ─ busybox-style ─> /bin (demo) ──────────┤
@@ -39,6 +39,7 @@ func main() {
 // options say what to build, from what.
 type options struct {
 	out, kernel string
+	root        string   // directory that has the kernel's /boot and /lib/modules
 	modules     []string // beyond the usual ones, loaded at boot
 	src         string   // directory of this module
 }
@@ -50,7 +51,8 @@ func run(args []string) error {
 	var mods string
 	fl := flag.NewFlagSet("guest-images", flag.ContinueOnError)
 	fl.StringVar(&o.out, "o", "", "write to this `directory` (default .cache/images of the repository)")
-	fl.StringVar(&o.kernel, "kernel", "", "use the modules of this kernel `version` (default the newest in /boot)")
+	fl.StringVar(&o.root, "root", "/", "look for kernels in this `directory`'s boot and lib/modules, as an unpacked package has them")
+	fl.StringVar(&o.kernel, "kernel", "", "use the modules of this kernel `version` (default the newest)")
 	fl.StringVar(&mods, "modules", "", "load these modules too, a `list` with commas")
 	if err := fl.Parse(args); errors.Is(err, flag.ErrHelp) {
 		return nil
@@ -72,7 +74,7 @@ func run(args []string) error {
 		o.out = filepath.Join(o.src, "../.cache/images")
 	}
 	if o.kernel == "" {
-		if o.kernel, err = newestKernel("/boot"); err != nil {
+		if o.kernel, err = newestKernel(filepath.Join(o.root, "boot")); err != nil {
 			return err
 		}
 	}
@@ -91,7 +93,11 @@ func run(args []string) error {
 	if err := os.Remove(link); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return os.Symlink("/boot/vmlinuz-"+o.kernel, link)
+	target, err := filepath.Abs(filepath.Join(o.root, "boot/vmlinuz-"+o.kernel))
+	if err != nil {
+		return err
+	}
+	return os.Symlink(target, link)
 }
 
 // newestKernel returns the highest version among the kernels in dir. Times say nothing
@@ -151,7 +157,7 @@ func inputKey(name string, o options) (string, error) {
 		return "", err
 	}
 	fmt.Fprintf(h, "%s %s %s %q\n", name, goVersion, o.kernel, o.modules)
-	inputs := []string{busyboxPath, filepath.Join("/lib/modules", o.kernel, "modules.dep"), filepath.Join("/boot/vmlinuz-" + o.kernel)}
+	inputs := []string{busyboxPath, filepath.Join(o.root, "lib/modules", o.kernel, "modules.dep"), filepath.Join(o.root, "boot/vmlinuz-"+o.kernel)}
 	other := map[string]string{"test": "demoinit", "demo": "agent"}[name] // the other image's init
 	err = filepath.WalkDir(o.src, func(path string, d fs.DirEntry, err error) error {
 		if err == nil && d.IsDir() && d.Name() == other {

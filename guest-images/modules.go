@@ -17,7 +17,7 @@ import (
 
 // bootModules are loaded by an image's init, demandModules when somebody asks for them.
 var (
-	bootModules   = []string{"virtio_net", "virtio_blk", "virtio_rng", "igbvf", "button"}
+	bootModules   = []string{"virtio_pci", "virtio_console", "virtio_net", "virtio_blk", "virtio_rng", "igbvf", "button"}
 	demandModules = []string{"ext4", "e1000e", "igb", "pvpanic_mmio", "8021q", "crc32c_generic", "evdev"}
 )
 

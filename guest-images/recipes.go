@@ -80,7 +80,7 @@ func urootFiles(o options) ([]file, error) {
 }
 
 func moduleFiles(o options) ([]file, error) {
-	m, err := openModules(filepath.Join("/lib/modules", o.kernel))
+	m, err := openModules(filepath.Join(o.root, "lib/modules", o.kernel))
 	if err != nil {
 		return nil, err
 	}

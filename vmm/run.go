@@ -114,6 +114,26 @@ func (m *Machine) call(f func()) error {
 	}
 }
 
+// wait runs f, which may take seconds, on another goroutine, and carries out calls meanwhile. It
+// is for the main loop: what that has looked at before may be different afterwards.
+func (m *Machine) wait(f func()) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		f()
+	}()
+	for {
+		select {
+		case <-done:
+			return
+		case call := <-m.calls:
+			call()
+		case <-m.wake:
+			m.runPosted()
+		}
+	}
+}
+
 // request asks the main loop to act and stops the guest at once. It may be called from a
 // vCPU's thread. A request that comes while another one waits is dropped: the first wins.
 func (m *Machine) request(kind requestKind, reason string) {

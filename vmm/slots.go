@@ -144,7 +144,11 @@ func (m *Machine) plugDevice(d Device) error {
 	if err != nil {
 		return err
 	}
-	if err := m.plugIn(dev); err != nil {
+	// A device of the host takes its time, in which others may have come and gone.
+	if cfg, _, err = m.complete(own); err == nil {
+		err = m.plugIn(dev)
+	}
+	if err != nil {
 		return errors.Join(err, dev.fn.Close())
 	}
 	m.devices, m.cfg.Devices = append(m.devices, dev), cfg.Devices

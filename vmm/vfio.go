@@ -191,8 +191,9 @@ func (m *Machine) reserve(ctx context.Context, d *Device) (*vfio.Function, error
 }
 
 // vfioPCI is reserve as a builder.
-func (b *builder) vfioPCI(d *Device) (pci.Function, error) {
-	f, err := b.reserve(b.ctx, d)
+func (b *builder) vfioPCI(d *Device) (_ pci.Function, err error) {
+	var f *vfio.Function
+	b.wait(func() { f, err = b.reserve(b.ctx, d) })
 	if err != nil {
 		return nil, err // not a nil *vfio.Function
 	}

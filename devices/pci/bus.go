@@ -16,6 +16,10 @@ type Function interface {
 	Close() error
 }
 
+// Stopper is a function whose Reset takes long, but which can be stopped at once: it raises no
+// interrupts and does no DMA until it is reset, which or whose Close follows.
+type Stopper interface{ Stop() }
+
 // Bus holds functions by slot (device number) and function number. The root bus has 32
 // slots; the bus behind a root port, a link with one end, has slot 0 only (PCIe 7.3.1).
 type Bus struct {
@@ -198,6 +202,20 @@ func (b *Bus) functions() (fns []Function) {
 }
 
 func (c *Config) multifunction() bool { return c.Uint16(regHeaderType)&headerMultifunction != 0 }
+
+// stopFunction stops the device, and resets its configuration space.
+func stopFunction(f Function) {
+	s, ok := f.(Stopper)
+	if !ok {
+		resetFunction(f)
+		return
+	}
+	c := f.Config()
+	c.resetting.Lock()
+	defer c.resetting.Unlock()
+	s.Stop()
+	c.Reset()
+}
 
 // resetFunction resets the device and its configuration space.
 func resetFunction(f Function) {

@@ -42,7 +42,7 @@ type SlotHost interface {
 	SlotEvent()
 	// Drain has done called once no vCPU is in an access that began before this call.
 	Drain(done func())
-	// Ejected says that f has left: it is off its bus, was reset, and no vCPU can reach it. It
+	// Ejected says that f has left: it is off its bus, was stopped or reset, and no vCPU can reach it. It
 	// is not closed, which is up to the machine now.
 	Ejected(s *Slot, f Function)
 	// Refused says that a request came to nothing and the function stays.
@@ -233,7 +233,7 @@ func (s *Slot) drained() {
 		s.settle()
 		after.add(func() {
 			for _, f := range fns {
-				resetFunction(f) // a driver that skipped its teardown has left DMA running
+				stopFunction(f) // a driver that skipped its teardown has left DMA running
 				s.port.cfg.Host.Ejected(s, f)
 			}
 		})

@@ -136,7 +136,7 @@ func (c *Container) join(ctx context.Context, number string) (*group, error) {
 	switch err {
 	case nil:
 	case unix.EBUSY:
-		return nil, fmt.Errorf("%w\nanother process has the group; fuser /dev/vfio/%s names it", err, number)
+		return nil, fmt.Errorf("%w: %s", err, holder("/proc", "/dev/vfio/"+number))
 	case unix.EACCES, unix.EPERM:
 		return nil, fmt.Errorf("%w\nrun as root, or: chown $USER /dev/vfio/%s", err, number)
 	default:

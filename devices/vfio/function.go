@@ -383,8 +383,8 @@ func (f *Function) Host() string { return f.hw.Host() }
 // Config implements [pci.Function].
 func (f *Function) Config() *pci.Config { return f.c }
 
-// Reset implements [pci.Function]: no interrupts, no DMA, and the device as at power-on.
-func (f *Function) Reset() {
+// Stop implements [pci.Stopper]: no interrupts and no DMA from here on.
+func (f *Function) Stop() {
 	f.enable(irqMSI, false, nil)
 	f.enable(irqMSIX, false, nil)
 	if f.msi != nil {
@@ -396,13 +396,22 @@ func (f *Function) Reset() {
 	if f.intx != nil && f.intx.on {
 		err = errors.Join(err, f.intx.stop())
 	}
-	if f.used {
-		err = errors.Join(err, f.hw.reset(), f.setCommand(commandMemory))
-	}
-	f.used = false
 	if err != nil {
 		f.warn(err)
 	}
+}
+
+// Reset implements [pci.Function]: as Stop, and the device as at power-on.
+func (f *Function) Reset() {
+	f.Stop()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.used {
+		if err := errors.Join(f.hw.reset(), f.setCommand(commandMemory)); err != nil {
+			f.warn(err)
+		}
+	}
+	f.used = false
 }
 
 // Close implements [pci.Function]: the device goes back to the host.

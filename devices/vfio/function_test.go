@@ -250,6 +250,17 @@ func TestCommandAndReset(t *testing.T) {
 	if h.active[irqMSIX] != nil || f.c.Uint16(regCommand) != 0 || f.c.Uint16(0xa8)&devCtlFLR != 0 {
 		t.Errorf("after FLR: %v, command %#x", h.active, f.c.Uint16(regCommand))
 	}
+	put16(f, regCommand, commandMemory|commandMaster)
+	put16(f, 0x72, 0x8000)
+	h.took()
+	f.Stop()
+	if got, want := h.took(), "[7:0x4=0200]"; got != want || h.active[irqMSIX] != nil {
+		t.Errorf("stopped: the device was told %s, want %s; interrupts %v", got, want, h.active)
+	}
+	f.Reset()
+	if got, want := h.took(), "[7:0x4=0200 reset 7:0x4=0200]"; got != want {
+		t.Errorf("reset after that: the device was told %s, want %s", got, want)
+	}
 }
 
 // TestINTx: it is on while the function is, and neither kind of MSI; the guest's end of an

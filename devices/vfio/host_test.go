@@ -238,3 +238,15 @@ func TestVFs(t *testing.T) {
 		t.Error("the PF is a VF")
 	}
 }
+
+func TestHolder(t *testing.T) {
+	proc := t.TempDir()
+	must(t, os.MkdirAll(filepath.Join(proc, "42/fd"), 0o755))
+	must(t, os.WriteFile(filepath.Join(proc, "42/comm"), []byte("qemu-system-x86\n"), 0o644))
+	must(t, os.Symlink("/dev/vfio/7", filepath.Join(proc, "42/fd/9")))
+	for file, want := range map[string]string{"/dev/vfio/7": "process 42 (qemu-system-x86) has it", "/dev/vfio/8": "another process has it"} {
+		if got := holder(proc, file); got != want {
+			t.Errorf("%s: %s, want %s", file, got, want)
+		}
+	}
+}

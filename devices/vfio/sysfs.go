@@ -80,6 +80,19 @@ func (h host) group(bdf string) (number string, members []string, err error) {
 	return filepath.Base(target), members, err
 }
 
+// holder says which process has a file open, as far as proc, normally /proc, shows it.
+func holder(proc, file string) string {
+	links, _ := filepath.Glob(proc + "/[0-9]*/fd/*")
+	for _, l := range links {
+		if target, err := os.Readlink(l); err == nil && target == file {
+			pid := filepath.Base(filepath.Dir(filepath.Dir(l)))
+			comm, _ := os.ReadFile(filepath.Join(proc, pid, "comm"))
+			return fmt.Sprintf("process %s (%s) has it", pid, strings.TrimSpace(string(comm)))
+		}
+	}
+	return "another process has it"
+}
+
 // harmless are the drivers that leave a group viable: they do no DMA.
 var harmless = []string{"", Driver, "pci-stub", "pcieport"}
 

@@ -68,3 +68,52 @@ func SetAddr(name, cidr string) (string, error) {
 	}
 	return name, nil
 }
+
+// WaitCarrier waits until there is an interface of that name or MAC, which it sets up, and it
+// has carrier, and returns its name. The kernel tells of each change (rtnetlink(7)); it gives up
+// when there was none for a minute.
+func WaitCarrier(name string) (string, error) {
+	events, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
+	if err != nil {
+		return "", err
+	}
+	defer unix.Close(events)
+	if err := errors.Join(
+		unix.Bind(events, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: unix.RTMGRP_LINK}),
+		unix.SetsockoptTimeval(events, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 60}),
+	); err != nil {
+		return "", err
+	}
+	buf := make([]byte, 64<<10)
+	for {
+		if link, err := findIface(name); err == nil {
+			if i, err := net.InterfaceByName(link); err == nil && i.Flags&net.FlagRunning != 0 {
+				return link, nil
+			} else if err == nil && i.Flags&net.FlagUp == 0 {
+				if err := setUp(link); err != nil {
+					return "", err
+				}
+			}
+		}
+		if _, err := unix.Read(events, buf); err != nil && err != unix.EINTR && err != unix.ENOBUFS {
+			return "", fmt.Errorf("wait for the carrier of %s: %w", name, err)
+		}
+	}
+}
+
+func setUp(link string) error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	ifr, err := unix.NewIfreq(link)
+	if err != nil {
+		return err
+	}
+	if err := unix.IoctlIfreq(fd, unix.SIOCGIFFLAGS, ifr); err != nil {
+		return err
+	}
+	ifr.SetUint16(ifr.Uint16() | unix.IFF_UP)
+	return unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, ifr)
+}

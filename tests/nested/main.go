@@ -34,7 +34,7 @@ const usage = `usage: go run ./tests/nested COMMAND
   exec [--] CMD ARG...   one command in it, with its output and its exit code
   run [flags] PKG...     compile test packages here, run them there
   local [flags] PKG...   run test packages here, under the race detector, with the same report
-  install                install what this machine lacks (root), or name it
+  install                install what this machine lacks (root), or name it; fetch Linux 6.1 for guests
 
 Flags of run and local:
 `
@@ -85,7 +85,7 @@ func command(ctx context.Context, args []string) (int, error) {
 	case "local":
 		return e.runLocal(ctx, o, fs.Args())
 	case "install":
-		return 0, e.install(ctx)
+		return 0, errors.Join(e.install(ctx), e.oldKernel(ctx))
 	}
 	fs.Usage()
 	return 2, fmt.Errorf("unknown command %q", name)

@@ -332,3 +332,12 @@ func TestRewind(t *testing.T) {
 		t.Errorf("ok %v: %s, want %s", r.ok(), r, want)
 	}
 }
+
+func TestKernelPackage(t *testing.T) {
+	const show = "Package: linux-image-amd64\nVersion: 6.1.192-2\nDepends: linux-image-6.1.0-56-amd64 (= 6.1.192-2)\nDescription: Depends: x\n"
+	for text, want := range map[string]string{show: "linux-image-6.1.0-56-amd64", "Depends: a, b\n": "a", "": ""} {
+		if got := kernelPackage(text); got != want {
+			t.Errorf("%q: %q, want %q", text, got, want)
+		}
+	}
+}

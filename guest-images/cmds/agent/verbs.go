@@ -28,6 +28,7 @@ type verb struct {
 
 var verbs = map[string]verb{
 	"@addr":        {"IFACE|MAC CIDR", 2, func(a []string) (any, error) { return addr(a[0], a[1]) }, nil},
+	"@carrier":     {"IFACE|MAC", 1, func(a []string) (any, error) { name, err := guest.WaitCarrier(a[0]); return name + "\n", err }, nil},
 	"@ping":        {"ADDR COUNT INTERVAL_MS", 3, ping, nil},
 	"@lspci":       {"", 0, func([]string) (any, error) { return guest.PCITree("") }, nil},
 	"@cat":         {"FILE", 1, func(a []string) (any, error) { b, err := os.ReadFile(a[0]); return string(b), err }, nil},
