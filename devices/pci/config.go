@@ -74,6 +74,7 @@ type Config struct {
 	writes  []hook
 	resets  []func()
 	msix    *MSIX
+	uses    uses
 	pcie    int // offset of the PCI Express capability, 0 without
 	nextCap int // first free offset of the capabilities
 	lastCap int // offset of the pointer to fill in for the next one

@@ -194,6 +194,7 @@ func (m *MSIX) apply(from, to int) error {
 			m.onChange(i)
 		}
 	}
+	m.c.used()
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("program MSI-X vectors: %w", err)
 	}
