@@ -20,6 +20,7 @@ import (
 	"os"
 	"os/exec"
 	"strconv"
+	"sync"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -48,6 +49,7 @@ type Step string
 
 // The steps.
 const (
+	Hide    Step = "hide"    // not to the VF, which baton has taken
 	Both    Step = "both"    // to the VF, if it has the MAC, and to the TAP
 	GiveMAC Step = "mac"     // the VF gets the MAC, which its driver is about to read
 	Primary Step = "primary" // to the VF
@@ -55,10 +57,12 @@ const (
 	Gone    Step = "gone"    // the guest is on another host
 )
 
-// Steerer steers one pair. Its methods are called one at a time.
+// Steerer steers one pair.
 type Steerer struct {
-	c    Config
-	copy string // the PF that has a filter for the MAC, "" if none
+	c Config
+
+	mu   sync.Mutex // held for a step
+	copy string     // the PF that has a filter for the MAC, "" if none
 }
 
 // New returns a steerer, which has done nothing yet.
@@ -66,6 +70,8 @@ func New(c Config) *Steerer { return &Steerer{c: c} }
 
 // Do carries out a step. What cannot be done is in the error; the rest of the step is done.
 func (s *Steerer) Do(ctx context.Context, step Step, vf VF) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	var err error
 	switch {
 	case s.c.Off:
@@ -96,6 +102,8 @@ func (s *Steerer) run(ctx context.Context, step Step, vf VF) error {
 
 func (s *Steerer) netlink(step Step, vf VF) error {
 	switch step {
+	case Hide:
+		return vf.setMAC(make(net.HardwareAddr, 6))
 	case Both:
 		return errors.Join(s.entry(s.c.TAP), s.filter(vf.PF))
 	case GiveMAC:

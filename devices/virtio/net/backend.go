@@ -32,6 +32,8 @@ type Backend interface {
 	SetOffloads(features uint64) error
 	// Discard throws away what waits.
 	Discard()
+	// Name is the name of the host's end.
+	Name() string
 	// Send gives the host a frame, without header, as if the driver had sent it.
 	Send(frame []byte) error
 	Close() error
@@ -89,6 +91,8 @@ func offload(features uint64) (set tap.Offload) {
 	}
 	return set
 }
+
+func (h host) Name() string { return h.tap.Name() }
 
 func (h host) Discard() {
 	for i := range h.tap.Queues() {

@@ -14,15 +14,20 @@ import (
 
 // Limits of what is held for one device.
 const (
-	// HoldFrames is how many frames are held, 4096; what comes after those is dropped.
+	// HoldFrames is how many frames are held; what comes after those is dropped.
 	HoldFrames = 4096
-	holdBytes  = 64 << 20
+	// HoldTime is how long a frame is held; then it is dropped.
+	HoldTime  = time.Second
+	holdBytes = 64 << 20
 )
+
+// holdTime is HoldTime but for tests, which a busy machine may interrupt.
+var holdTime = HoldTime
 
 // Held is what Release or TakeHeld say about frames that were held.
 type Held struct {
-	Frames  int           // held, those that were forgotten not among them
-	Dropped int           // that there was no room for
+	Frames  int           // held to the end
+	Dropped int           // that there was no room for, or that waited for too long
 	Longest time.Duration // that a frame waited
 }
 
@@ -33,7 +38,7 @@ type holder struct {
 
 	mu      sync.Mutex
 	frames  [][]byte // with header
-	first   time.Time
+	came    []time.Time
 	bytes   int
 	dropped int
 }
@@ -76,15 +81,24 @@ func (k *holder) stopped() bool {
 func (k *holder) keep(frame []byte) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	k.expire()
 	if len(k.frames) == HoldFrames || k.bytes+len(frame) > holdBytes {
 		k.dropped++
 		return
 	}
-	if len(k.frames) == 0 {
-		k.first = time.Now()
-	}
-	k.frames = append(k.frames, frame)
+	k.frames, k.came = append(k.frames, frame), append(k.came, time.Now())
 	k.bytes += len(frame)
+}
+
+// expire drops what has waited for too long; mu is held.
+func (k *holder) expire() {
+	n := 0
+	for n < len(k.frames) && time.Since(k.came[n]) > holdTime {
+		k.bytes -= len(k.frames[n])
+		n++
+	}
+	k.frames, k.came = k.frames[n:], k.came[n:]
+	k.dropped += n
 }
 
 // end stops to read and returns the frames.
@@ -92,13 +106,14 @@ func (k *holder) end() [][]byte {
 	k.stop.Signal()
 	<-k.done
 	_ = k.stop.Close()
+	k.expire()
 	return k.frames
 }
 
 func (k *holder) forget() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.frames, k.bytes = nil, 0
+	k.frames, k.came, k.bytes, k.dropped = nil, nil, 0, 0
 }
 
 // Hold has frames for the driver wait until Release or TakeHeld. What the driver sends is sent
@@ -149,14 +164,28 @@ func (n *Net) TakeHeld() (frames [][]byte, h Held, err error) {
 	return frames, h, err
 }
 
+// Discard throws away what has come for the driver of a device that is not served: the driver
+// got it elsewhere.
+func (n *Net) Discard() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.running == 0 {
+		n.backend.Discard()
+	}
+}
+
+// Interface is the name of the host's end.
+func (n *Net) Interface() string { return n.backend.Name() }
+
 // holding sums up; mu is held.
 func (n *Net) holding() (h Held) {
 	for _, k := range n.held {
 		k.mu.Lock()
+		k.expire()
 		h.Frames += len(k.frames)
 		h.Dropped += k.dropped
 		if len(k.frames) > 0 {
-			h.Longest = max(h.Longest, time.Since(k.first))
+			h.Longest = max(h.Longest, time.Since(k.came[0]))
 		}
 		k.mu.Unlock()
 	}

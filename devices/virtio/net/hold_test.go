@@ -3,11 +3,14 @@ package net
 import (
 	"bytes"
 	"testing"
+	"time"
 
 	"baton/devices/tap/taptest"
 	"baton/devices/virtio"
 	"baton/devices/virtio/virtiotest"
 )
+
+func init() { holdTime = time.Hour }
 
 // number sends frames n to m-1.
 func number(host *taptest.Socket, n, m int) {
@@ -166,4 +169,16 @@ func TestStopWhileHolding(t *testing.T) {
 			t.Error(h, err)
 		}
 	})
+}
+
+// A frame that has waited for too long is of no use.
+func TestHoldTime(t *testing.T) {
+	k := &holder{}
+	k.keep(make([]byte, 60))
+	k.keep(make([]byte, 60))
+	k.came[0] = k.came[0].Add(-2 * holdTime)
+	k.keep(make([]byte, 60))
+	if len(k.frames) != 2 || k.dropped != 1 || k.bytes != 120 {
+		t.Errorf("%d frames of %d bytes, %d dropped", len(k.frames), k.bytes, k.dropped)
+	}
 }
