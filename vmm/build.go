@@ -35,6 +35,7 @@ type device struct {
 	fn     pci.Function
 	model  virtio.Device // nil if it is not virtio
 	unplug *unplugging   // nil if nobody waits for that
+	watch  watch
 }
 
 // builders has one entry for each PCI driver of the driver table.
@@ -75,6 +76,9 @@ func (b *builder) build() error {
 		dev, err := b.make(d)
 		if err == nil {
 			b.devices = append(b.devices, dev)
+			if d.isStandby() {
+				b.attachStandby(dev)
+			}
 			err = b.plug(d, dev.fn)
 		}
 		errs = append(errs, err)
@@ -98,7 +102,11 @@ func (b *builder) make(d *Device) (*device, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &device{Device: d, fn: f, model: b.model}, nil
+	dev := &device{Device: d, fn: f, model: b.model}
+	if d.Given(pairID) {
+		b.observe(dev)
+	}
+	return dev, nil
 }
 
 // plug puts f where bus= and addr= say.

@@ -20,6 +20,7 @@ var eventTypes = []qmp.EventType{
 	{Name: "DEVICE_UNPLUG_GUEST_ERROR", Data: unplugError{}},
 	{Name: "FAILOVER_NEGOTIATED", Data: failoverEvent{}},
 	{Name: "FAILOVER_STATE", Data: failoverState{}},
+	{Name: "FAILOVER_SWITCHED", Data: switched{}},
 	{Name: "GUEST_CRASHED", Data: crashData{}},
 	{Name: "GUEST_PANICKED", Data: panicData{}},
 	{Name: "NIC_RX_FILTER_CHANGED", Data: filterEvent{}},

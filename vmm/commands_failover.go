@@ -30,6 +30,7 @@ type (
 		Unplug     *string        `json:"unplug,omitempty"` // how the guest is made to let go just now
 		Reason     *string        `json:"reason,omitempty"`
 		Retries    int64          `json:"retries"`
+		Switches   []switched     `json:"switches"` // the last ones
 	}
 )
 
@@ -54,8 +55,11 @@ func (m *Machine) pairInfos() []pairInfo {
 func (p *failoverPair) info() pairInfo {
 	s := p.Status()
 	i := pairInfo{
-		Standby: p.standby, State: s.State, Negotiated: s.Negotiated, Open: p.device.fn != nil, Away: s.Away,
-		For: sinceMS(s.Since), Retries: int64(s.Retries),
+		Standby: p.standby, State: s.State, Negotiated: s.Negotiated, Open: p.device != nil, Away: s.Away,
+		For: sinceMS(s.Since), Retries: int64(s.Retries), Switches: []switched{},
+	}
+	if p.carrier != nil {
+		i.Switches = p.carrier.switches()
 	}
 	if p.primary != nil {
 		i.Primary = &p.primary.ID
@@ -119,6 +123,6 @@ func (p *failoverPair) replace(host, pool *string) error {
 		return err
 	}
 	p.Close()
-	*p.primary = d
+	p.primary = &d
 	return nil
 }

@@ -125,6 +125,14 @@ func (m *Machine) deviceAdd(a deviceAddArgs) error {
 	case !d.on(busPCI):
 		return qmp.Errorf(qmp.GenericError, "Device '%s' does not support hotplugging", d.Driver)
 	}
+	if d.Given(pairID) {
+		if err := d.checkPrimary(); err != nil {
+			return err
+		}
+		if p := m.pairOf(d.Text(pairID)); p != nil && p.primary != nil {
+			return tooMany(p.standby, p.primary.ID, d.ID)
+		}
+	}
 	return m.plugDevice(d)
 }
 
@@ -139,6 +147,9 @@ func (m *Machine) deviceDel(a deviceDelArgs) error {
 			return qmp.Errorf(qmp.GenericError, "Parameter 'deadline' expects milliseconds, up to a day")
 		}
 		deadline = time.Duration(*a.Deadline) * time.Millisecond
+	}
+	if m.removePrimary(a.ID) {
+		return nil
 	}
 	d := m.qomDevice(a.ID)
 	if d != nil && d.unplug != nil && d.unplug.del && (mode == pci.Cooperative || d.unplug.mode == pci.Surprise) {

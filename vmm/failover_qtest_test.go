@@ -30,6 +30,12 @@ func startPair(t *testing.T, standby, primary string, more ...string) *scripted 
 const negotiated0 = `{"device-id":"standby0"}`
 
 func TestQtestParams(t *testing.T) {
+	t.Run("error/id", func(t *testing.T) {
+		s := startPair(t, standby0+"on", "")
+		args := deviceArgs(primary0 + "standby0")
+		delete(args, "id")
+		s.fails("device_add", args, "Device with failover_pair_id needs to have id")
+	})
 	t.Run("error/pcie", func(t *testing.T) {
 		args := append(failoverNets(), "-device", standby0+"on", "-device", strings.Replace(primary0, "bus=root1", "bus=pcie.0", 1)+"standby0")
 		_, err := ParseArgs(append([]string{"-kernel", "x"}, args...))
@@ -76,5 +82,60 @@ func TestQtestParams(t *testing.T) {
 		if s.heard("FAILOVER_NEGOTIATED") {
 			t.Error("FAILOVER_NEGOTIATED")
 		}
+	})
+}
+
+// deviceArgs are the arguments of device_add for what -device takes.
+func deviceArgs(option string) map[string]any {
+	args := map[string]any{}
+	for i, word := range strings.Split(option, ",") {
+		key, value, _ := strings.Cut(word, "=")
+		switch {
+		case i == 0:
+			args["driver"] = key
+		case value == "on" || value == "off":
+			args[key] = value == "on"
+		default:
+			args[key] = value
+		}
+	}
+	return args
+}
+
+func TestQtestHotplug(t *testing.T) {
+	t.Run("1", func(t *testing.T) {
+		s := startPair(t, standby0+"on", "")
+		s.probe("standby0").start(0)
+		s.event("FAILOVER_NEGOTIATED", negotiated0)
+		s.execute("device_add", deviceArgs(primary0+"standby0"))
+		s.shown(true, true)
+	})
+	t.Run("1_reverse", func(t *testing.T) {
+		s := startPair(t, "", primary0+"standby0")
+		s.shown(false, true)
+		s.execute("device_add", deviceArgs(standby0+"on"))
+		s.shown(true, true)
+		s.probe("standby0").start(0)
+		s.event("FAILOVER_NEGOTIATED", negotiated0)
+		s.shown(true, true)
+	})
+	t.Run("2", func(t *testing.T) {
+		s := startPair(t, "", "")
+		s.execute("device_add", deviceArgs(standby0+"on"))
+		s.shown(true, false)
+		s.probe("standby0").start(0)
+		s.event("FAILOVER_NEGOTIATED", negotiated0)
+		s.execute("device_add", deviceArgs(primary0+"standby0"))
+		s.shown(true, true)
+	})
+	t.Run("2_reverse", func(t *testing.T) {
+		s := startPair(t, "", "")
+		s.execute("device_add", deviceArgs(primary0+"standby0"))
+		s.shown(false, true)
+		s.execute("device_add", deviceArgs(standby0+"on"))
+		s.shown(true, true)
+		s.probe("standby0").start(0)
+		s.event("FAILOVER_NEGOTIATED", negotiated0)
+		s.shown(true, true)
 	})
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -20,9 +21,15 @@ type failoverPair struct {
 	m       *Machine
 	standby string  // its id
 	primary *Device // nil: there is none
-	device  device  // the primary; fn is nil unless it is open
+	device  *device // the primary, while it is open
 	plugged bool    // it is in its slot
+	asking  bool    // the guest is to let go of it, and the pair waits for that
+	leaving bool    // it was taken away by surprise, which the guest may not have noticed
+	waiting func()  // stops the wait for that
 	opening *opening
+	closing bool          // what was the primary is being closed
+	later   []func(error) // who wants it open after that
+	carrier *carrier      // nil until there is a standby
 }
 
 // opening is one attempt to open a primary, outside the main loop.
@@ -85,13 +92,16 @@ func (m *Machine) pairWith(primary string) *failoverPair {
 // addStandby makes a pair for a standby, which is to be plugged. A device that is there
 // already and names it is its primary, where it is: it was an ordinary device until now.
 func (m *Machine) addStandby(d *Device) {
-	p := &failoverPair{m: m, standby: d.ID}
-	p.Pair = failover.New(p, failover.Policy{})
-	m.pairs = append(m.pairs, p)
+	p := m.pairOf(d.ID)
+	if p == nil { // else it was here before, and its primary is hidden
+		p = &failoverPair{m: m, standby: d.ID}
+		p.Pair = failover.New(p, failover.Policy{})
+		m.pairs = append(m.pairs, p)
+	}
 	for _, other := range m.devices {
-		if other.Text(pairID) == d.ID {
+		if other.Text(pairID) == d.ID && p.primary == nil {
 			p.take(other.Device)
-			p.device, p.plugged = *other, true
+			p.device, p.plugged = other, true
 			p.Adopt()
 		}
 	}
@@ -99,12 +109,15 @@ func (m *Machine) addStandby(d *Device) {
 
 // take makes d the primary of a pair that has none.
 func (p *failoverPair) take(d *Device) {
-	status := p.Status()
 	p.primary = d
-	p.Pair = failover.New(p, d.policy())
-	if status.Away {
-		p.Hold()
-	}
+	p.renew(d.policy())
+}
+
+// renew begins the pair anew, with what is known of the guest.
+func (p *failoverPair) renew(policy failover.Policy) {
+	was := p.Status()
+	p.Pair = failover.New(p, policy)
+	p.Inform(was.Negotiated, was.Away)
 }
 
 // addPrimary makes d, which is in the configuration and not made, the primary of the pair
@@ -118,10 +131,48 @@ func (m *Machine) addPrimary(d *Device) (bool, error) {
 	if p.primary != nil {
 		return false, tooMany(p.standby, p.primary.ID, d.ID)
 	}
-	was := p.Status().Negotiated
 	p.take(d)
-	p.Negotiated(was)
+	p.Negotiated(p.Status().Negotiated)
 	return true, nil
+}
+
+// removePrimary deletes a primary that the guest is not shown; false if there is none.
+func (m *Machine) removePrimary(id string) bool {
+	p := m.pairWith(id)
+	if p == nil || p.plugged {
+		return false
+	}
+	d := p.primary
+	p.Close()
+	p.forget()
+	m.deleted(d)
+	return true
+}
+
+// leavePair is told of a device that is being deleted, which has left its slot.
+func (m *Machine) leavePair(id string) {
+	if p := m.pairWith(id); p != nil {
+		p.device, p.plugged = nil, false
+		p.forget()
+	}
+	p := m.pairOf(id)
+	switch {
+	case p == nil:
+	case p.primary == nil || p.plugged: // which is an ordinary device from now on
+		m.pairs = slices.DeleteFunc(m.pairs, func(o *failoverPair) bool { return o == p })
+	default: // it stays hidden, for a standby that may come
+		p.Negotiated(false)
+	}
+}
+
+// forget makes the pair one without a primary.
+func (p *failoverPair) forget() {
+	p.Cancel(errors.New("the primary was deleted"))
+	if p.waiting != nil {
+		p.waiting()
+	}
+	p.primary, p.asking, p.leaving, p.waiting = nil, false, false, nil
+	p.renew(failover.Policy{})
 }
 
 // negotiated is told that a standby's driver uses the device, with or without STANDBY. One
@@ -154,15 +205,15 @@ func (m *Machine) standbyActivated(d *Device) func(features uint64, goesOn bool)
 }
 
 // resetPairs takes all primaries away: the guest that starts now may be another one.
-func (m *Machine) resetPairs() error {
-	var errs []error
+func (m *Machine) resetPairs() {
 	for _, p := range m.pairs {
 		if p.plugged {
-			errs = append(errs, p.pull())
+			if slot := m.slotOf(p.primary); slot.RequestUnplug(pci.Surprise) == nil {
+				slot.Settle()
+			}
 		}
 		p.Reset()
 	}
-	return errors.Join(errs...)
 }
 
 // Open is failover.Host.
@@ -170,8 +221,10 @@ func (p *failoverPair) Open(done func(error)) {
 	switch {
 	case p.primary == nil:
 		done(errors.New("there is none"))
-	case p.device.fn != nil:
+	case p.device != nil:
 		done(nil)
+	case p.closing:
+		p.later = append(p.later, done)
 	case p.opening != nil:
 		p.opening.done = append(p.opening.done, done)
 	case p.primary.Driver == "vfio-pci":
@@ -180,7 +233,7 @@ func (p *failoverPair) Open(done func(error)) {
 		b := builder{Machine: p.m, ctx: context.Background()}
 		dev, err := b.make(p.primary)
 		if err == nil {
-			p.device = *dev
+			p.opened(dev)
 		}
 		done(err)
 	}
@@ -192,26 +245,52 @@ func (p *failoverPair) reserve(done func(error)) {
 	o := &opening{cancel, []func(error){done}}
 	p.opening = o
 	primary := p.primary
-	go func() {
+	p.m.closing.Go(func() {
 		f, err := p.m.reserve(ctx, primary)
 		p.m.post(func() {
 			cancel()
-			if p.opening != o && err == nil {
+			switch {
+			case err != nil:
+			case p.opening != o:
 				err = errors.Join(errors.New("called off"), f.Close())
+			case f.Config().Uint16(pciClassCode) != classEthernet:
+				err = errors.Join(errNoEthernet, f.Close())
+			default:
+				d := &device{Device: primary, fn: f}
+				p.m.observe(d)
+				p.opened(d)
 			}
 			if p.opening == o {
-				if p.opening = nil; err == nil && f.Config().Uint16(pciClassCode) != classEthernet {
-					err = errors.Join(errNoEthernet, f.Close())
-				}
-				if err == nil {
-					p.device = device{Device: primary, fn: f}
-				}
+				p.opening = nil
 			}
 			for _, done := range o.done {
 				done(err)
 			}
 		})
-	}()
+	})
+}
+
+// opened is told of the primary once it is open.
+func (p *failoverPair) opened(d *device) {
+	p.device = d
+	if p.carrier != nil {
+		p.carrier.hide(d)
+	}
+}
+
+// observe has the carrier and the pair follow what a driver does to a device that may be a
+// primary.
+func (m *Machine) observe(d *device) {
+	d.fn.Config().OnUse(func(u pci.Use) { // on a vCPU's thread
+		if c := d.watch.carrier.Load(); c != nil {
+			c.used(u)
+		}
+		m.post(func() {
+			if p := m.pairWith(d.ID); p != nil && p.device == d && u.Unmasked {
+				p.Taken()
+			}
+		})
+	})
 }
 
 // Close is failover.Host.
@@ -220,16 +299,31 @@ func (p *failoverPair) Close() {
 		p.opening = nil
 		o.cancel()
 	}
-	fn := p.device.fn
-	if fn == nil || p.plugged {
+	later := p.later
+	p.later = nil
+	for _, done := range later {
+		done(errors.New("called off"))
+	}
+	d := p.device
+	if d == nil || p.plugged {
 		return
 	}
-	p.device = device{}
+	p.device, p.closing = nil, true
 	p.m.closing.Go(func() { // to unpin the guest's RAM may take long
-		if err := fn.Close(); err != nil {
-			p.m.log.Warn("close primary: " + err.Error())
+		if err := d.fn.Close(); err != nil {
+			p.m.log.Warn(fmt.Sprintf("close %s: %v", d.Device, err))
 		}
+		p.m.post(p.closed)
 	})
+}
+
+// closed opens what had to wait for that.
+func (p *failoverPair) closed() {
+	later := p.later
+	p.closing, p.later = false, nil
+	for _, done := range later {
+		p.Open(done)
+	}
 }
 
 // closePairs gives back all primaries of a machine that does not run.
@@ -239,39 +333,110 @@ func (m *Machine) closePairs() error {
 		if p.opening != nil {
 			p.opening.cancel()
 		}
-		if p.device.fn != nil && !p.plugged { // else it is among the devices
-			errs = append(errs, p.device.fn.Close())
-		}
 	}
 	m.closing.Wait()
+	m.runPosted() // what was opened until now
+	for _, p := range m.pairs {
+		if p.device != nil && !p.plugged { // else it is among the devices
+			errs = append(errs, p.device.fn.Close())
+		}
+		if p.carrier != nil {
+			p.carrier.gone()
+		}
+	}
 	return errors.Join(errs...)
 }
 
 // Plug is failover.Host.
 func (p *failoverPair) Plug() error {
-	if err := p.m.plugIn(&p.device); err != nil {
+	if err := p.m.plugIn(p.device); err != nil {
 		return err
 	}
 	p.plugged = true
-	p.m.devices = append(p.m.devices, &p.device)
-	return nil
-}
-
-// pull takes the primary off the bus of a guest that does not run.
-func (p *failoverPair) pull() error {
-	p.plugged = false
-	p.m.dropDevice(p.device.fn)
-	p.m.slotOf(p.primary).Take()
+	p.m.devices = append(p.m.devices, p.device)
 	return nil
 }
 
 // Unplug is failover.Host.
 func (p *failoverPair) Unplug(surprise bool) error {
-	return fmt.Errorf("%s cannot be unplugged", p.primary)
+	mode := pci.Cooperative
+	if surprise {
+		mode = pci.Surprise
+	}
+	first := !p.asking
+	p.asking, p.leaving = true, surprise
+	if p.carrier != nil {
+		p.carrier.leaving(surprise)
+	}
+	err := p.m.unplug(p.primary.ID, mode, noDeadline, func(err error) {
+		switch {
+		case !first || !p.asking:
+		case err == nil:
+			p.ejected()
+		default:
+			p.asking = false
+			p.Refused(err)
+		}
+	})
+	if err != nil {
+		p.asking = false
+	}
+	return err
 }
 
+// noDeadline is for what has a deadline of its own.
+const noDeadline = 365 * 24 * time.Hour
+
 // Withdraw is failover.Host.
-func (p *failoverPair) Withdraw() bool { return true }
+func (p *failoverPair) Withdraw() bool {
+	if !p.plugged || p.device.unplug != nil && p.device.unplug.del || !p.m.slotOf(p.primary).Withdraw() {
+		return false
+	}
+	p.asking = false
+	if p.device.unplug != nil {
+		p.device.finishUnplug(failover.ErrReturned)
+	}
+	if p.carrier != nil {
+		p.carrier.stays()
+	}
+	return true
+}
+
+// ejected says that the primary is off its bus. A guest that was surprised goes on with its
+// driver's removal, and only then takes frames from the standby.
+func (p *failoverPair) ejected() {
+	p.plugged, p.asking = false, false
+	p.m.dropDevice(p.device.fn)
+	if p.leaving && p.m.slotOf(p.primary).State() == pci.SlotDraining && p.m.State() == StateRunning {
+		p.waiting = p.After(noticeTime, p.gone)
+		return
+	}
+	p.gone()
+}
+
+// noticeTime is how long a guest may take to notice that its device has gone.
+const noticeTime = time.Second
+
+func (p *failoverPair) gone() {
+	if p.waiting != nil {
+		p.waiting()
+	}
+	p.leaving, p.waiting = false, nil
+	if p.carrier != nil && p.InSlot() {
+		p.carrier.left()
+	}
+	p.Gone()
+}
+
+// slotChanged is told of the states of the primary's slot.
+func (p *failoverPair) slotChanged(state pci.SlotState) {
+	switch {
+	case state == pci.SlotBusy && p.carrier != nil:
+		p.carrier.begins()
+	case state == pci.SlotEmpty && p.waiting != nil:
+		p.gone()
+	}
+}
 
 // After is failover.Host.
 func (p *failoverPair) After(d time.Duration, f func()) (stop func()) {

@@ -274,7 +274,8 @@ func guestAsked(reason string) bool { return len(reason) > 6 && reason[:6] == "g
 func (m *Machine) restart() error {
 	start := time.Now()
 	m.boots.Add(1)
-	if err := errors.Join(m.resetPairs(), m.resetDevices()); err != nil {
+	m.resetPairs()
+	if err := m.resetDevices(); err != nil {
 		return err
 	}
 	entry, err := m.loadKernel()

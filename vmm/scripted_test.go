@@ -12,10 +12,12 @@ import (
 	"testing"
 	"time"
 
+	"baton/devices/chipset"
 	"baton/devices/pci"
 	virtionet "baton/devices/virtio/net"
 	"baton/tests/tiny"
 	"baton/vmm/client"
+	"baton/vmm/failover"
 )
 
 // scripted is a machine with a guest that does nothing: the test does, as a vCPU would, on the
@@ -191,6 +193,59 @@ func (s *scripted) execute(name string, args any) string {
 	return string(r)
 }
 
+// fails executes a command that has to fail with this text.
+func (s *scripted) fails(name string, args any, want string) {
+	s.t.Helper()
+	if r, err := s.command(name, args); err == nil || err.Error() != want {
+		s.t.Fatalf("%s %v: %s, %v, want %s", name, args, r, err, want)
+	}
+}
+
+// slotEvent takes the next event of the slots, as the guest's AML does: the number of the port
+// and the code, 0 if there is none.
+func (s *scripted) slotEvent() (port, code uint32) {
+	var b [4]byte
+	s.Machine.ports.Read(chipset.SlotPort, b[:])
+	v := binary.LittleEndian.Uint32(b[:])
+	return v >> 8, v & 0xff
+}
+
+// ejects waits for the request to let go of what is in a port's slot, and does.
+func (s *scripted) ejects(port uint32) {
+	s.t.Helper()
+	for begin := time.Now(); ; {
+		p, code := s.slotEvent()
+		if code == 3 && p == port {
+			break
+		}
+		if time.Since(begin) > patience {
+			s.t.Fatalf("no request to eject from port %d", port)
+		}
+	}
+	s.eject(port)
+}
+
+// eject lets go of what is in a port's slot.
+func (s *scripted) eject(port uint32) {
+	s.Machine.ports.Write(chipset.SlotPort+4, binary.LittleEndian.AppendUint32(nil, port))
+}
+
+// pair waits until the pair of standby0 is in the state.
+func (s *scripted) pair(state failover.State) failover.Status {
+	s.t.Helper()
+	begin := time.Now()
+	for {
+		var got failover.Status
+		s.do(func() { got = s.pairOf("standby0").Status() })
+		if got.State == state {
+			return got
+		}
+		if time.Since(begin) > patience {
+			s.t.Fatalf("the pair is %s (%v), want %s", got.State, got.Why, state)
+		}
+	}
+}
+
 // guestDriver is a guest's driver of one virtio device behind a root port.
 type guestDriver struct {
 	s   *scripted
@@ -287,6 +342,26 @@ func (d *guestDriver) start(without uint64) {
 		d.s.t.Fatalf("status %#x", got)
 	}
 	d.s.do(func() {})
+}
+
+// msix turns MSI-X on with a vector unmasked, or off.
+func (d *guestDriver) msix(on bool) {
+	const unmasked, masked, table = 0, 1, 0x4000 // virtio's table is at 0x4000
+	var at uint64
+	for c := uint64(d.s.read(d.cfg+0x34, 1)); c != 0; c = uint64(d.s.read(d.cfg+c+1, 1)) {
+		if d.s.read(d.cfg+c, 1) == 0x11 {
+			at = d.cfg + c + 2
+		}
+	}
+	if !on {
+		d.s.write(d.bar+table+12, 4, masked)
+		d.s.write(at, 2, 0)
+		return
+	}
+	d.s.write(at, 2, 1<<15)
+	d.s.write(d.bar+table, 4, 0xfee00000)
+	d.s.write(d.bar+table+8, 4, 0x40)
+	d.s.write(d.bar+table+12, 4, unmasked)
 }
 
 // failoverNets are the root ports and TAPs that the tests of QEMU's suite have.

@@ -36,6 +36,10 @@ func (h slotHost) Ejected(_ *pci.Slot, f pci.Function) {
 		return
 	}
 	d := h.devices[i]
+	if p := h.pairWith(d.ID); p != nil && p.device == d && d.unplug == nil {
+		p.ejected()
+		return
+	}
 	if d.unplug == nil { // the guest's own idea
 		h.deleteDevice(d)
 		return
@@ -50,6 +54,17 @@ func (h slotHost) Refused(s *pci.Slot, why string) {
 		for _, d := range h.devices {
 			if d.fn == f && d.unplug != nil {
 				d.finishUnplug(h.slotError(d, why))
+			}
+		}
+	})
+}
+
+// Changed implements [pci.SlotHost].
+func (h slotHost) Changed(s *pci.Slot, state pci.SlotState) {
+	h.post(func() {
+		for _, p := range h.pairs {
+			if p.primary != nil && p.primary.Bus == s.Port().Secondary().ID {
+				p.slotChanged(state)
 			}
 		}
 	})
@@ -139,6 +154,12 @@ func (m *Machine) plugDevice(d Device) error {
 		return err
 	}
 	own := cfg.Devices[index]
+	if hidden, err := m.addPrimary(&own); hidden || err != nil {
+		if err == nil {
+			m.cfg.Devices = cfg.Devices
+		}
+		return err
+	}
 	b := builder{Machine: m, ctx: m.runs}
 	dev, err := b.make(&own)
 	if err != nil {
@@ -152,6 +173,10 @@ func (m *Machine) plugDevice(d Device) error {
 		return errors.Join(err, dev.fn.Close())
 	}
 	m.devices, m.cfg.Devices = append(m.devices, dev), cfg.Devices
+	if dev.isStandby() {
+		m.addStandby(dev.Device)
+		m.attachStandby(dev)
+	}
 	return nil
 }
 
@@ -241,6 +266,7 @@ func (d *device) finishUnplug(err error) {
 
 // deleteDevice gives back all that a device holds, which has left its slot, and then says so.
 func (m *Machine) deleteDevice(d *device) {
+	m.leavePair(d.ID)
 	m.dropDevice(d.fn)
 	m.closing.Go(func() { // a device of the host may take its time
 		err := d.fn.Close()
@@ -248,10 +274,15 @@ func (m *Machine) deleteDevice(d *device) {
 			if err != nil {
 				m.log.Warn(fmt.Sprintf("close %s: %v", d.Device, err))
 			}
-			m.cfg.Devices = slices.DeleteFunc(slices.Clone(m.cfg.Devices), func(o Device) bool { return o.Bus == d.Bus && o.Addr == d.Addr })
-			m.events.Publish("DEVICE_DELETED", deviceEvent{d.ID, d.path()})
+			m.deleted(d.Device)
 		})
 	})
+}
+
+// deleted is the end of a device.
+func (m *Machine) deleted(d *Device) {
+	m.cfg.Devices = slices.DeleteFunc(slices.Clone(m.cfg.Devices), func(o Device) bool { return o.Bus == d.Bus && o.Addr == d.Addr })
+	m.events.Publish("DEVICE_DELETED", deviceEvent{d.ID, d.path()})
 }
 
 func inProcess(d *device) error {

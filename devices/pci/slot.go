@@ -47,15 +47,18 @@ type SlotHost interface {
 	Ejected(s *Slot, f Function)
 	// Refused says that a request came to nothing and the function stays.
 	Refused(s *Slot, why string)
+	// Changed says that the slot has come to another state.
+	Changed(s *Slot, state SlotState)
 }
 
 // noHost is for ports whose slots nobody watches.
 type noHost struct{}
 
-func (noHost) SlotEvent()              {}
-func (noHost) Drain(done func())       { done() }
-func (noHost) Ejected(*Slot, Function) {}
-func (noHost) Refused(*Slot, string)   {}
+func (noHost) SlotEvent()               {}
+func (noHost) Drain(done func())        { done() }
+func (noHost) Ejected(*Slot, Function)  {}
+func (noHost) Refused(*Slot, string)    {}
+func (noHost) Changed(*Slot, SlotState) {}
 
 // Slot is the slot of a root port. It holds one device, of which function 0 is plugged and
 // unplugged; functions 1 to 7, which come with the machine only, leave with it.
@@ -124,7 +127,11 @@ func (s *Slot) locked(f func(after *then)) {
 	func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		f(&after)
+		was := s.state
+		if f(&after); s.state != was {
+			now := s.state
+			after.add(func() { s.port.cfg.Host.Changed(s, now) })
+		}
 	}()
 	for _, g := range after {
 		g()

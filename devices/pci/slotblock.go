@@ -88,22 +88,22 @@ func (s *Slot) waiting() bool {
 }
 
 // takeEvent is the event that the guest is told of now.
-func (s *Slot) takeEvent() uint32 {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	switch {
-	case s.check:
-		s.check = false
-		s.checking = min(s.checking, 254) + 1
-		return slotEventCheck
-	case s.eject:
-		s.eject = false
-		if s.state == SlotRequested {
-			s.state = SlotBusy
+func (s *Slot) takeEvent() (code uint32) {
+	s.locked(func(*then) {
+		switch {
+		case s.check:
+			s.check = false
+			s.checking = min(s.checking, 254) + 1
+			code = slotEventCheck
+		case s.eject:
+			s.eject = false
+			if s.state == SlotRequested {
+				s.state = SlotBusy
+			}
+			code = slotEventEject
 		}
-		return slotEventEject
-	}
-	return 0
+	})
+	return code
 }
 
 // ejected is the guest's word that it has let go, whether it was asked or not.

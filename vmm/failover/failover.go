@@ -176,6 +176,27 @@ func (p *Pair) Negotiated(yes bool) {
 	p.settle()
 }
 
+// Inform tells a new pair what the one before it knew.
+func (p *Pair) Inform(negotiated, away bool) { p.negotiated, p.away = negotiated, away }
+
+// Cancel ends a pair whose primary has gone for good: why is for those who wait for it.
+func (p *Pair) Cancel(why error) {
+	p.cancel()
+	finish(&p.left, nil)
+	finish(&p.back, why)
+}
+
+// Refused says that the guest does not let go of the primary.
+func (p *Pair) Refused(why error) {
+	switch {
+	case p.state != Unplugging:
+	case p.policy.Unplug == Auto && p.asked == Cooperative:
+		p.unplug(true)
+	default:
+		p.refused(why)
+	}
+}
+
 // Hold has the guest stay on the standby until Return: it came from elsewhere, or is
 // about to.
 func (p *Pair) Hold() { p.away = true }
@@ -343,6 +364,10 @@ func (p *Pair) unplug(surprise bool) {
 	if err := p.host.Unplug(surprise); err != nil {
 		p.refused(err)
 		return
+	}
+	p.cancel()
+	if surprise {
+		return // which a guest cannot refuse
 	}
 	if p.state == Unplugging && p.policy.Timeout > 0 {
 		p.after(p.policy.Timeout, p.overdue)

@@ -1,0 +1,260 @@
+package vmm
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"baton/devices/pci"
+	"baton/devices/steer"
+	"baton/devices/vfio"
+	virtionet "baton/devices/virtio/net"
+)
+
+// carrier has a guest's frames go by the half of a pair that the guest takes them from, and
+// holds those that come while it takes them from neither. It acts on what the guest's driver
+// does to the primary, at once, on the vCPU's thread that does it:
+//
+//	unplug   asked       copies to the standby's side, held: the primary still has them all
+//	         begins      what is held so far is forgotten
+//	         MSI-X off   to the standby; what is held goes to the guest
+//	plug     bus master  the VF has the MAC; copies to the standby's side, held
+//	         vectors     to the primary; what is held is sent there
+//
+// Linux drops what comes by the standby while a primary is registered (net_failover,
+// RX_HANDLER_EXACT), with or without carrier, and takes nothing from a primary whose driver
+// has not enabled it: between the two there is a while with neither.
+type carrier struct {
+	m       *Machine
+	standby string
+	net     *virtionet.Net
+	steerer *steer.Steerer
+
+	mu      sync.Mutex
+	primary string    // id of the one that there was last
+	vf      steer.VF  // it, as its PF has it
+	onFast  bool      // the guest takes frames from it
+	priming bool      // its driver is about to
+	since   time.Time // when the old way ended, as far as is known; zero: it has not
+	last    []switched
+}
+
+// switched is one change of the way, the data of FAILOVER_SWITCHED.
+type switched struct {
+	Primary string `json:"device-id,omitempty"`
+	Standby string `json:"standby-id"`
+	Point   string `json:"point"` // unplug, resume or plug
+	To      string `json:"to"`    // standby or primary
+	Outage  int64  `json:"outage-us"`
+	Held    int64  `json:"held"`    // frames that came in that time and were handed on afterwards
+	Dropped int64  `json:"dropped"` // and those for which there was no room, or that were too old
+}
+
+// lastSwitches is how many are remembered.
+const lastSwitches = 8
+
+// watch is how a function that may be a primary finds its carrier, from a vCPU's thread.
+type watch struct{ carrier atomic.Pointer[carrier] }
+
+// attachStandby gives the pair of a standby that was made its carrier.
+func (m *Machine) attachStandby(d *device) {
+	p, card := m.pairOf(d.ID), d.model.(*virtionet.Net)
+	if p == nil {
+		return
+	}
+	mac, _ := d.MAC()
+	s, _ := parseSteer(d.Text("steer"))
+	p.carrier = &carrier{m: m, standby: d.ID, net: card, steerer: steer.New(steer.Config{
+		MAC: net.HardwareAddr(mac[:]), TAP: card.Interface(), Script: s.script, Off: s.off,
+	})}
+	if p.device != nil {
+		p.carrier.watch(p.device)
+	}
+}
+
+// watch makes d the primary whose driver is watched.
+func (c *carrier) watch(d *device) {
+	vf := steer.VF{}
+	if f, ok := d.fn.(*vfio.Function); ok {
+		if pf, index, err := vfio.Parent(f.Host()); err == nil {
+			vf = steer.VF{PF: pf, Index: index}
+		}
+	}
+	c.mu.Lock()
+	c.primary, c.vf = d.ID, vf
+	c.mu.Unlock()
+	d.watch.carrier.Store(c)
+}
+
+// used is told by a primary's configuration space what its driver does.
+func (c *carrier) used(u pci.Use) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case c.onFast && !u.Enabled:
+		c.toStandby()
+	case c.onFast && !u.Unmasked:
+		c.begun()
+	case c.onFast:
+		c.since = time.Time{} // it goes on
+	case u.Unmasked:
+		c.toPrimary()
+	case u.Master && !c.priming:
+		c.prime()
+	case !u.Master && c.priming:
+		c.toStandby()
+	}
+}
+
+// do carries out a step; what cannot be done costs frames, not the guest.
+func (c *carrier) do(step steer.Step) {
+	if err := c.steerer.Do(context.Background(), step, c.vf); err != nil {
+		c.m.log.Warn(err.Error())
+	}
+}
+
+func (c *carrier) warn(err error) {
+	if err != nil {
+		c.m.log.Warn(fmt.Sprintf("frames of %s: %v", c.standby, err))
+	}
+}
+
+func (c *carrier) begun() {
+	if c.since.IsZero() {
+		c.since = time.Now()
+	}
+}
+
+// prime is for a primary whose driver begins to look at it.
+func (c *carrier) prime() {
+	c.priming = true
+	c.since = time.Now()
+	c.warn(c.net.Hold())
+	c.do(steer.Both)
+	c.do(steer.GiveMAC)
+	began := c.since
+	time.AfterFunc(virtionet.HoldTime, func() { // a driver that takes that long: on with the standby
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.priming && c.since.Equal(began) {
+			_, err := c.net.Release()
+			c.warn(err)
+		}
+	})
+}
+
+// toPrimary is for a primary whose driver serves it.
+func (c *carrier) toPrimary() {
+	c.do(steer.Primary)
+	frames, held, err := c.net.TakeHeld()
+	c.warn(err)
+	by := c.vf.PF
+	if by == "" {
+		by = c.steerer.Uplink()
+	}
+	sent := 0
+	if by != "" {
+		sent, err = steer.Send(by, frames)
+		c.warn(err)
+	}
+	c.onFast, c.priming = true, false
+	c.say("plug", "primary", sent, held.Dropped+held.Frames-sent)
+}
+
+// toStandby is for a primary whose driver has let go of it.
+func (c *carrier) toStandby() {
+	c.begun()
+	c.do(steer.Standby)
+	c.warn(c.net.Announce())
+	held, err := c.net.Release()
+	c.warn(err)
+	c.onFast, c.priming = false, false
+	c.say("unplug", "standby", held.Frames, held.Dropped)
+}
+
+// say tells of a change of the way, which ends now.
+func (c *carrier) say(point, to string, held, dropped int) {
+	s := switched{c.primary, c.standby, point, to, 0, int64(held), int64(dropped)}
+	if !c.since.IsZero() {
+		s.Outage = time.Since(c.since).Microseconds()
+	}
+	c.since = time.Time{}
+	if c.last = append(c.last, s); len(c.last) > lastSwitches {
+		c.last = c.last[1:]
+	}
+	c.m.log.Info("failover: frames go another way", "standby", c.standby, "primary", c.primary, "point", point, "to", to,
+		"outage", time.Duration(s.Outage)*time.Microsecond, "held", held, "dropped", dropped)
+	c.m.events.Publish("FAILOVER_SWITCHED", s)
+}
+
+// leaving says that the guest is asked to let go of the primary, or has lost it.
+func (c *carrier) leaving(surprise bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.onFast {
+		return
+	}
+	c.warn(c.net.Hold())
+	c.do(steer.Both)
+	if surprise {
+		c.begun()
+	}
+}
+
+// begins says that the guest is about to let go.
+func (c *carrier) begins() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.onFast && c.since.IsZero() {
+		c.since = time.Now()
+		c.net.Forget()
+	}
+}
+
+// stays says that the guest keeps the primary: it had all frames.
+func (c *carrier) stays() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.onFast {
+		return
+	}
+	c.do(steer.Primary)
+	_, _, err := c.net.TakeHeld()
+	c.warn(err)
+	c.since = time.Time{}
+}
+
+// left says that the guest has let go, for a driver that did not say so.
+func (c *carrier) left() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.onFast || c.priming {
+		c.toStandby()
+	}
+}
+
+// hide has the PF keep frames from a VF that is open and not in use.
+func (c *carrier) hide(d *device) {
+	c.watch(d)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.do(steer.Hide)
+}
+
+// gone says that the guest is on another host, or has ended.
+func (c *carrier) gone() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.do(steer.Gone)
+	c.onFast, c.priming, c.since = false, false, time.Time{}
+}
+
+// switches are the last changes of the way.
+func (c *carrier) switches() []switched {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return append([]switched{}, c.last...)
+}
