@@ -101,3 +101,78 @@ func overlapsAny(m *machine, r devices.Range) (yes bool) {
 	m.mmio.Walk(func(o devices.Range, _ string) { yes = yes || o.Overlaps(r) })
 	return yes
 }
+
+// FuzzSlot is a guest that does anything to the registers of its slots, and a host that plugs
+// and unplugs meanwhile.
+func FuzzSlot(f *testing.F) {
+	f.Add([]byte{0, 0, 1, 4, 1, 1, 5, 0, 5, 1, 2, 2, 4, 0})                            // ACPI: plug, check, eject
+	f.Add([]byte{0x80, 0, 1, 3, 2, 0x29, 0x13, 1, 1, 3, 2, 0x29, 0x12, 3, 2, 0x29, 3}) // native: plug, button, blink, off
+	f.Add([]byte{0xc0, 0, 1, 2, 0, 2, 7, 0, 0, 1, 6, 3, 1, 0xff, 0xff})
+	f.Fuzz(func(t *testing.T, ops []byte) {
+		if len(ops) == 0 {
+			return
+		}
+		m := newSlotMachine(t, RootPortConfig{Native: ops[0]&0x80 != 0, Button: ops[0]&0x40 != 0})
+		m.addPort(t, 2, 0, RootPortConfig{ID: "root2", Host: m})
+		m.assign(t)
+		s, fn := m.port.slot, newFunction(t, "f", mib)
+		plugged := false
+		for ops = ops[1:]; len(ops) >= 3; ops = ops[3:] {
+			a, b := ops[1], ops[2]
+			switch ops[0] % 9 {
+			case 0:
+				free := fn.c.at.Load() == nil && len(s.draining) == 0
+				err := error(nil)
+				if free {
+					err = s.Plug(fn)
+				}
+				plugged = plugged || free && err == nil
+			case 1:
+				_ = s.RequestUnplug(UnplugMode(a & 1))
+			case 2:
+				s.Withdraw()
+			case 3: // slot control and status
+				m.Write(uint64(NewBDF(0, 1, 0))<<12+uint64(m.port.c.pcie+pcieSlotCtl+int(a&3)), []byte{b, a, b, a}[:1+a>>4&3])
+			case 4:
+				var p [8]byte
+				m.block.Read(uint64(a&15), p[:b&7])
+			case 5:
+				m.block.Write(uint64(a&15), []byte{b & 3, a, b >> 2, 0, 0, 0, 0, 0}[:4+a>>4&1*4])
+			case 6:
+				m.drained()
+			case 7:
+				m.write16(NewBDF(1, 0, 0), regCommand, uint16(b))
+			case 8:
+				if err := m.Reset(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			m.slotBell = 0
+			for _, said := range m.said {
+				if said == "ejected f" && !plugged {
+					t.Fatal("ejected what was not plugged")
+				}
+				plugged = plugged && said != "ejected f"
+			}
+			m.said = nil
+			in := s.state != SlotEmpty && s.state != SlotDraining
+			switch {
+			case (s.Occupant() != nil) != in:
+				t.Fatalf("the slot is %s, occupant %v", s.state, s.Occupant())
+			case plugged != (in || len(s.draining) > 0):
+				t.Fatalf("the slot is %s, plugged %v", s.state, plugged)
+			case s.control()&slotCtlPowerIndicator != s.indicator:
+				t.Fatalf("indicator %#x, register %#x", s.indicator, s.control())
+			case s.state == SlotEmpty && (s.unaware || s.draining != nil):
+				t.Fatal("empty, and something drains")
+			}
+		}
+		if err := m.Reset(); err != nil {
+			t.Fatal(err)
+		}
+		m.drained()
+		if st := s.State(); st != SlotEmpty && st != SlotPresent {
+			t.Fatalf("the slot is %s after a reset", st)
+		}
+	})
+}

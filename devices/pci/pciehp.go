@@ -32,6 +32,7 @@ func (s *Slot) initSlotRegisters() {
 	c.define32(off+pcieSlotCap, capabilities, 0)
 	c.define16(off+pcieSlotCtl, indicatorOff, control)
 	c.SetW1C16(off+pcieSlotStatus, status)
+	s.indicator = indicatorOff
 	c.OnWrite(off+pcieSlotCtl, 4, s.controlWritten)
 	c.resets = append(c.resets, s.resetRegisters)
 }
