@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"testing"
 	"time"
 )
@@ -103,18 +104,18 @@ func (q *QMP) Do(command string, args any) json.RawMessage {
 	return result
 }
 
-// WaitEvent returns the next event of that name and forgets it and those before.
-func (q *QMP) WaitEvent(name string) QMPEvent {
+// WaitEvent returns the next event of one of the names and forgets it and those before.
+func (q *QMP) WaitEvent(names ...string) QMPEvent {
 	q.t.Helper()
 	for {
 		for i, e := range q.Events {
-			if e.Event == name {
+			if slices.Contains(names, e.Event) {
 				q.Events = q.Events[i+1:]
 				return e
 			}
 		}
 		if r, err := q.next(); err != nil || r.Event == "" {
-			q.t.Fatalf("wait for %s: got %s, %v", name, r.Return, err)
+			q.t.Fatalf("wait for %v: got %s, %v", names, r.Return, err)
 		}
 	}
 }

@@ -3,6 +3,7 @@
 package hotplug
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -57,6 +58,14 @@ func start(t *testing.T, options []string, words ...string) *vm {
 		"-device", "pcie-root-port,id=r3,chassis=3,attention-button=off",
 		"-netdev", "tap,id=n,script=no,downscript=no,ifname="+tap, "-blockdev", "file,node-name=d,filename="+disk)
 	g := harness.Start(t, harness.GuestConfig{Args: append(args, options...)})
+	t.Cleanup(func() {
+		if t.Failed() {
+			ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+			defer cancel()
+			r, err := g.Run(ctx, "sh", "-c", "grep -v ' 0 *0 *[A-Z][a-z]' /proc/interrupts; ls -l /sys/bus/pci/slots /sys/bus/pci/devices; dmesg | tail -n 40")
+			t.Logf("the guest: %v\n%s", err, r.Stdout)
+		}
+	})
 	return &vm{t, g, harness.DialQMP(t, harness.Context(t, 8*time.Minute), sock)}
 }
 
@@ -82,11 +91,25 @@ func (v *vm) unplug(id, mode string) time.Duration {
 	v.Helper()
 	start := time.Now()
 	v.q.Do("device_del", map[string]any{"id": id, "mode": mode})
-	var data struct{ Device, Path string }
-	if err := json.Unmarshal(v.q.WaitEvent("DEVICE_DELETED").Data, &data); err != nil || data.Device != id || data.Path != "/machine/peripheral/"+id {
-		v.Errorf("DEVICE_DELETED: %+v, %v", data, err)
+	if data := v.end("DEVICE_DELETED"); data.Device != id || data.Path != "/machine/peripheral/"+id {
+		v.Errorf("DEVICE_DELETED: %+v", data)
 	}
 	return time.Since(start)
+}
+
+type unplugged struct {
+	Device, Path, Reason, Bus string
+	Slot                      string `json:"slot-state"`
+}
+
+// end waits for the end of an unplug, which has to be this one.
+func (v *vm) end(event string) (data unplugged) {
+	v.Helper()
+	e := v.q.WaitEvent("DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR")
+	if err := json.Unmarshal(e.Data, &data); err != nil || e.Event != event {
+		v.Fatalf("%s %s, want %s", e.Event, e.Data, event)
+	}
+	return data
 }
 
 // slot is the state of a port's slot, by query-pci.
