@@ -2,6 +2,7 @@ package vmm
 
 import (
 	"encoding/json"
+	"errors"
 	"maps"
 	"slices"
 	"strings"
@@ -26,6 +27,13 @@ type (
 		Mode     *unplugMode `json:"mode"`
 		Deadline *int64      `json:"deadline"` // milliseconds
 	}
+	blockdevArgs struct {
+		Driver string   `json:"driver"`
+		Rest   qmp.Rest // as -blockdev
+	}
+	nodeArgs struct {
+		Node string `json:"node-name"`
+	}
 	unplugMode  string
 	deviceEvent struct {
 		Device string `json:"device,omitempty"`
@@ -46,6 +54,8 @@ func (unplugMode) Values() []string { return []string{pci.Cooperative.String(), 
 func (m *Machine) slotCommands() []qmp.Command {
 	return []qmp.Command{
 		qmp.New("device_add", func(a deviceAddArgs) (none qmp.None, err error) { return none, m.deviceAdd(a) }),
+		qmp.New("blockdev-add", func(a blockdevArgs) (none qmp.None, err error) { return none, m.blockdevAdd(a) }),
+		qmp.New("blockdev-del", func(a nodeArgs) (none qmp.None, err error) { return none, m.blockdevDel(a.Node) }),
 		qmp.New("device_del", func(a deviceDelArgs) (none qmp.None, err error) { return none, m.deviceDel(a) }),
 	}
 }
@@ -175,4 +185,43 @@ func (m *Machine) deviceDel(a deviceDelArgs) error {
 func firstLine(err error) string {
 	line, _, _ := strings.Cut(err.Error(), "\n")
 	return line
+}
+
+// blockdevAdd adds what -blockdev describes; the device that uses it opens it.
+func (m *Machine) blockdevAdd(a blockdevArgs) error {
+	object := maps.Clone(map[string]any(a.Rest))
+	object["driver"] = a.Driver
+	text, err := json.Marshal(object)
+	if err != nil {
+		return err
+	}
+	s, vals, _, err := parseObject(string(text), "driver", blockdevKinds)
+	if err != nil {
+		return err
+	}
+	p := parser{cfg: &Config{Blockdevs: slices.Clone(m.cfg.Blockdevs)}}
+	if err := p.addBlockdev(s.name, vals); err != nil {
+		return err
+	}
+	if id := p.cfg.Blockdevs[len(p.cfg.Blockdevs)-1].ID; m.cfg.Blockdev(id) != nil {
+		return qmp.Errorf(qmp.GenericError, "Duplicate nodes with node-name='%s'", id)
+	}
+	var bad problems
+	p.cfg.validateBackends(&bad)
+	if err := errors.Join(append(bad, p.cfg.CheckFiles())...); err != nil {
+		return err
+	}
+	m.cfg.Blockdevs = p.cfg.Blockdevs
+	return nil
+}
+
+func (m *Machine) blockdevDel(node string) error {
+	switch {
+	case m.cfg.Blockdev(node) == nil:
+		return qmp.Errorf(qmp.GenericError, "Failed to find node with node-name='%s'", node)
+	case slices.ContainsFunc(m.cfg.Devices, func(d Device) bool { return d.Text("drive") == node }):
+		return qmp.Errorf(qmp.GenericError, "Node %s is in use", node)
+	}
+	m.cfg.Blockdevs = slices.DeleteFunc(slices.Clone(m.cfg.Blockdevs), func(b Blockdev) bool { return b.ID == node })
+	return nil
 }

@@ -235,3 +235,25 @@ func TestSlotStates(t *testing.T) {
 		t.Errorf("%d states", n)
 	}
 }
+
+func TestBlockdevs(t *testing.T) {
+	s := startSlots(t)
+	file := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(file, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.refused("blockdev-add", map[string]any{"driver": "file", "node-name": "d", "filename": file}, "Duplicate nodes with node-name='d'")
+	s.refused("blockdev-add", map[string]any{"driver": "file", "node-name": "e", "filename": file + "x"}, "no such file")
+	s.refused("blockdev-add", map[string]any{"driver": "qcow2", "node-name": "e"}, "there is no driver qcow2")
+	s.execute("blockdev-add", map[string]any{"driver": "raw", "node-name": "e", "read-only": true, "file": map[string]any{"driver": "file", "filename": file}})
+	s.execute("device_add", map[string]any{"driver": "virtio-blk-pci", "drive": "e", "id": "disk"})
+	s.refused("device_add", map[string]any{"driver": "virtio-blk-pci", "drive": "e"}, "virtio-blk-pci disk uses it already")
+	if got := s.execute("query-block", nil); !strings.Contains(got, file) {
+		t.Error(got)
+	}
+	s.refused("blockdev-del", map[string]any{"node-name": "e"}, "Node e is in use")
+	s.ej0(1)
+	s.event("DEVICE_DELETED", "")
+	s.execute("blockdev-del", map[string]any{"node-name": "e"})
+	s.refused("blockdev-del", map[string]any{"node-name": "e"}, "Failed to find node with node-name='e'")
+}

@@ -154,14 +154,71 @@ type bareState struct {
 // StateInfo implements [devices.Stater].
 func (p *RootPort) StateInfo() devices.StateInfo { return p.c.StateInfo("pcie-root-port") }
 
+// portState is the section of a root port.
+type portState struct {
+	Config ConfigState `cbor:"1,keyasint"`
+	Slot   slotState   `cbor:"2,keyasint"`
+}
+
+// slotState is what a slot is in the middle of. Whether there is a device is not part of it: the
+// same one has to be in the slot on both sides.
+type slotState struct {
+	State    uint8 `cbor:"1,keyasint"` // SlotState
+	Unaware  bool  `cbor:"2,keyasint,omitempty"`
+	Check    bool  `cbor:"3,keyasint,omitempty"` // ACPI events that were not taken
+	Eject    bool  `cbor:"4,keyasint,omitempty"`
+	Checking uint8 `cbor:"5,keyasint,omitempty"` // and checks that were not reported on
+	Asked    bool  `cbor:"6,keyasint,omitempty"` // native
+}
+
 // SaveState implements [devices.Stater].
 func (p *RootPort) SaveState() ([]byte, error) {
-	return devices.EncodeState(bareState{p.c.SaveState()})
+	s := p.slot
+	s.mu.Lock()
+	state := slotState{uint8(s.state), s.unaware, s.check, s.eject, s.checking, s.asked}
+	if s.state == SlotDraining && !s.unaware { // no vCPU runs, and where it goes nothing drains
+		state.State = uint8(SlotEmpty)
+	}
+	s.mu.Unlock()
+	return devices.EncodeState(portState{p.c.SaveState(), state})
 }
 
 // LoadState implements [devices.Stater].
 func (p *RootPort) LoadState(version uint16, data []byte) error {
-	return loadBare(p.c, p.StateInfo(), version, data)
+	info := p.StateInfo()
+	var s portState
+	if err := devices.DecodeState(info, version, data, &s, nil); err != nil {
+		return err
+	}
+	if s.Slot.State > uint8(SlotDraining) {
+		return info.BadField("Slot.State", "there is no state %d", s.Slot.State)
+	}
+	state := SlotState(s.Slot.State)
+	occupied := state != SlotEmpty && state != SlotDraining
+	if f := p.slot.Occupant(); occupied && f == nil {
+		return info.BadField("Slot.State", "the slot is %s, and here it is empty\nstart the target with the device that is in it", state)
+	} else if !occupied && f != nil {
+		return info.BadField("Slot.State", "the slot is %s, and here %s is in it\nstart the target without it", state, f.Config().ID())
+	}
+	if err := p.c.LoadState(info, s.Config); err != nil {
+		return err
+	}
+	p.slot.load(state, s.Slot)
+	return nil
+}
+
+// load takes the state over, after the registers.
+func (s *Slot) load(state SlotState, from slotState) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.state, s.unaware = state, from.Unaware && state == SlotDraining
+	s.check, s.eject, s.checking, s.asked = from.Check, from.Eject, from.Checking, from.Asked
+	s.indicator = s.control() & slotCtlPowerIndicator
+	s.updateInterrupt(new(then)) // its message was sent, or is among the pending ones
+	if state == SlotBusy && s.asked && !s.port.cfg.Button {
+		s.port.show(false) // that is how it was asked
+	}
+	s.settle()
 }
 
 // StateInfo implements [devices.Stater].

@@ -151,6 +151,98 @@ func TestPortState(t *testing.T) {
 	devicetest.State(t, make, func(_ testing.TB, d devices.Stater) {
 		p := d.(*RootPort)
 		p.c.Write(regPrimary, []byte{0, 7, 9})
-		p.c.Write(uint64(p.c.pcie+pcieSlotCtl), []byte{slotCtlPresenceEnable | slotCtlInterruptEnable, 0})
+		if err := p.slot.RequestUnplug(Cooperative); err != nil {
+			t.Fatal(err)
+		}
+		p.c.Write(uint64(p.c.pcie+pcieSlotCtl), []byte{slotCtlPresenceEnable | slotCtlInterruptEnable, indicatorOn >> 8})
 	})
+}
+
+// A slot goes on on another host from wherever it was.
+func TestSlotState(t *testing.T) {
+	type step struct {
+		name string
+		do   func(m *slotMachine)
+	}
+	plug := func(m *slotMachine) { m.plug(newFunction(m.t, "f", mib)) }
+	before := []step{
+		{"empty", func(*slotMachine) {}},
+		{"plugging", plug},
+		{"requested", func(m *slotMachine) { plug(m); m.wantEvent(check1); m.writeBlock(8, done1); m.ask(Cooperative) }},
+		{"busy", func(m *slotMachine) { plug(m); m.wantEvent(check1); m.ask(Cooperative); m.wantEvent(eject1) }},
+		{"pulled", func(m *slotMachine) { plug(m); m.wantEvent(check1); m.ask(Surprise); m.drained(); m.said = nil }},
+	}
+	after := map[string]func(m *slotMachine){
+		"empty":    func(m *slotMachine) { plug(m); m.want(SlotPlugging) },
+		"plugging": func(m *slotMachine) { m.wantEvent(check1); m.writeBlock(8, done1); m.want(SlotPresent) },
+		"requested": func(m *slotMachine) {
+			m.wantEvent(eject1)
+			m.writeBlock(4, 1)
+			m.drained()
+			m.want(SlotEmpty, "ejected f")
+		},
+		"busy": func(m *slotMachine) { m.writeBlock(4, 1); m.drained(); m.want(SlotEmpty, "ejected f") },
+		"pulled": func(m *slotMachine) {
+			m.writeBlock(8, done1)
+			m.want(SlotDraining)
+			m.wantEvent(check1)
+			m.writeBlock(8, done1)
+			m.want(SlotEmpty)
+		},
+	}
+	for _, c := range before {
+		t.Run(c.name, func(t *testing.T) {
+			src, dst := newSlotMachine(t, RootPortConfig{}), newSlotMachine(t, RootPortConfig{})
+			c.do(src)
+			data, err := src.port.SaveState()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if src.port.slot.Occupant() != nil {
+				wantError(t, dst.port.LoadState(1, data), "Slot.State", "and here it is empty")
+				add(t, dst.port.Secondary(), 0, 0, newFunction(t, "f", mib))
+			}
+			if err := dst.port.LoadState(1, data); err != nil {
+				t.Fatal(err)
+			}
+			dst.slotBell = 1 // chipset.PM's state
+			after[c.name](dst)
+		})
+	}
+	src, dst := newSlotMachine(t, RootPortConfig{}), newSlotMachine(t, RootPortConfig{})
+	plug(dst)
+	data, err := src.port.SaveState()
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantError(t, dst.port.LoadState(1, data), "the slot is empty, and here f is in it")
+}
+
+// The same with Linux's own driver, which has not unplugged yet.
+func TestSlotStateNative(t *testing.T) {
+	for _, button := range []bool{true, false} {
+		src, dst := newPciehp(t, button), newPciehp(t, button)
+		src.probe()
+		src.plug(newFunction(t, "f", mib))
+		src.wantEvents(changes)
+		src.ask(Cooperative)
+		if button {
+			src.wantEvents(slotStatusButton)
+		}
+		data, err := src.port.SaveState()
+		if err != nil {
+			t.Fatal(err)
+		}
+		add(t, dst.port.Secondary(), 0, 0, newFunction(t, "f", mib))
+		if err := dst.port.LoadState(1, data); err != nil {
+			t.Fatal(err)
+		}
+		dst.want(SlotBusy)
+		if dst.present() != button {
+			t.Errorf("button %v: shown as present %v", button, dst.present())
+		}
+		dst.off()
+		dst.drained()
+		dst.want(SlotEmpty, "ejected f")
+	}
 }
