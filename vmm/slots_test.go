@@ -201,7 +201,7 @@ func TestDeviceAddFails(t *testing.T) {
 	add(nicArgs("netdev", "x"), `unknown netdev "x"`)
 	add(map[string]any{"driver": "virtio-net-pci"}, "netdev= is missing")
 	add(nicArgs("bus", "root2"), "virtio-rng-pci rng1 is there")
-	add(nicArgs("colour", "red"), `unknown key "colour"`)
+	add(nicArgs("colour", "red"), "Property 'virtio-net-pci.colour' not found")
 	s.refused("device_del", map[string]any{"id": "rng0"}, "Bus 'pcie.0' does not support hotplugging")
 	s.refused("device_del", map[string]any{"id": "root0"}, "Bus 'pcie.0' does not support hotplugging")
 	s.refused("device_del", map[string]any{"id": "rng1", "mode": "gentle"}, "Parameter 'mode' does not accept value 'gentle'")
