@@ -36,16 +36,21 @@ func newIRQRouter(vm *kvm.VM) *irqRouter {
 // SignalMSI implements devices.MSISink.
 func (r *irqRouter) SignalMSI(m devices.MSI) error { return r.vm.SignalMSI(m.Addr, m.Data) }
 
-// setPin follows a change of the IOAPIC's redirection table.
-func (r *irqRouter) setPin(pin int, m devices.MSI, masked bool) {
+// setPin follows a change of the IOAPIC's redirection table. Only level-triggered interrupts end
+// with an EOI that the IOAPIC has to know of, and it may come while the pin is masked: Linux
+// does so when a thread is to handle the interrupt.
+func (r *irqRouter) setPin(pin int, m devices.MSI, _ bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if masked {
+	if m.Data&msiLevel == 0 {
 		_ = r.drop(uint32(pin))
 	} else {
 		_ = r.set(uint32(pin), m) // fails only for a message that KVM cannot send either
 	}
 }
+
+// msiLevel is the trigger mode of a message: Intel SDM vol. 3, 11.11.2.
+const msiLevel = 1 << 15
 
 // set installs one route; the table goes to the kernel only when it changes, which costs
 // the kernel a grace period.

@@ -28,24 +28,15 @@ func startSlots(t *testing.T, more ...string) *scripted {
 
 // The guest's side of the slots: see pci.SlotBlock.
 
-func (s *scripted) slotEvent() uint32 {
-	var events, event [4]byte
-	s.ports.Read(chipset.EventPort, events[:])
-	s.ports.Read(chipset.SlotPort, event[:])
-	return uint32(event[0]) | uint32(event[1])<<8
-}
-
 func (s *scripted) wantSlotEvent(want uint32) {
 	s.t.Helper()
-	if got := s.slotEvent(); got != want {
-		s.t.Fatalf("event %#x of a slot, want %#x", got, want)
+	if port, code := s.slotEvent(); port<<8|code != want {
+		s.t.Fatalf("event %d of slot %d, want %#x", code, port, want)
 	}
 }
 
-func (s *scripted) ej0(port byte) { s.ports.Write(chipset.SlotPort+4, []byte{port, 0, 0, 0}) }
-
 func (s *scripted) ost(port, event, status byte) {
-	s.ports.Write(chipset.SlotPort+8, []byte{port, status, event, 0})
+	s.Machine.ports.Write(chipset.SlotPort+8, []byte{port, status, event, 0})
 }
 
 func (s *scripted) slotState(bus string) (state string) {
@@ -86,7 +77,7 @@ func TestDeviceDel(t *testing.T) {
 		s.execute("device_del", map[string]any{"id": "nic0"})
 		s.refused("device_del", map[string]any{"id": "nic0"}, "Device nic0 is already in the process of unplug")
 		s.wantSlotEvent(0x203)
-		s.ej0(2)
+		s.eject(2)
 		s.event("DEVICE_DELETED", deleted0)
 		if got := s.slotState("root1"); got != "empty" || s.visible("nic0") {
 			t.Fatalf("slot is %s", got)
@@ -131,12 +122,12 @@ func TestDeviceDelFails(t *testing.T) {
 	}
 	s.execute("device_del", map[string]any{"id": "nic0"}) // a reminder
 	s.wantSlotEvent(0x103)
-	s.ej0(1)
+	s.eject(1)
 	s.event("DEVICE_DELETED", deleted0)
 
 	// The guest's own idea, also while its last word is on its way.
 	s.execute("device_add", nicArgs())
-	s.ej0(1)
+	s.eject(1)
 	s.event("DEVICE_DELETED", deleted0)
 }
 
@@ -220,7 +211,7 @@ func TestDeviceAddFails(t *testing.T) {
 	s.wantSlotEvent(0x102)
 	s.wantSlotEvent(0x202)
 	s.wantSlotEvent(0x303)
-	s.ej0(3)
+	s.eject(3)
 	s.event("DEVICE_DELETED", `{"device":"rng1","path":"/machine/peripheral/rng1"}`)
 	s.execute("human-monitor-command", map[string]any{"command-line": "device_add virtio-rng-pci,id=rng1,event_idx=off"})
 	if got := s.execute("human-monitor-command", map[string]any{"command-line": "info pci"}); strings.Count(got, "slot 3: plugging") != 1 {
@@ -252,7 +243,7 @@ func TestBlockdevs(t *testing.T) {
 		t.Error(got)
 	}
 	s.refused("blockdev-del", map[string]any{"node-name": "e"}, "Node e is in use")
-	s.ej0(1)
+	s.eject(1)
 	s.event("DEVICE_DELETED", "")
 	s.execute("blockdev-del", map[string]any{"node-name": "e"})
 	s.refused("blockdev-del", map[string]any{"node-name": "e"}, "Failed to find node with node-name='e'")

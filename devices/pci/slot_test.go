@@ -18,8 +18,9 @@ type slotMachine struct {
 	slotBell int // SlotEvent, not taken
 }
 
-func (m *slotMachine) SlotEvent()        { m.slotBell++ }
-func (m *slotMachine) Drain(done func()) { m.drain = append(m.drain, done) }
+func (m *slotMachine) SlotEvent()               { m.slotBell++ }
+func (m *slotMachine) Changed(*Slot, SlotState) {}
+func (m *slotMachine) Drain(done func())        { m.drain = append(m.drain, done) }
 func (m *slotMachine) Refused(s *Slot, why string) {
 	m.said = append(m.said, "refused: "+why)
 }
