@@ -70,7 +70,8 @@ var (
 	kvmResetDirtyRings     = ioc(0xc7, "KVM_RESET_DIRTY_RINGS")
 	kvmGetStatsFD          = ioc(0xce, "KVM_GET_STATS_FD") // of vCPUs as well
 	kvmCreateDevice        = iocOf[createDevice](iocRead|iocWrite, 0xe0, "KVM_CREATE_DEVICE")
-	kvmSetDeviceAttr       = iocOf[deviceAttr](iocWrite, 0xe1, "KVM_SET_DEVICE_ATTR") // of what CREATE_DEVICE returned
+	kvmSetDeviceAttr       = iocOf[deviceAttr](iocWrite, 0xe1, "KVM_SET_DEVICE_ATTR") // of vCPUs and what CREATE_DEVICE returned
+	kvmGetDeviceAttr       = iocOf[deviceAttr](iocWrite, 0xe2, "KVM_GET_DEVICE_ATTR")
 )
 
 // vCPU ioctls.
@@ -248,8 +249,14 @@ type createDevice struct { // kvm_create_device
 type deviceAttr struct { // kvm_device_attr
 	_, group uint32
 	attr     uint64
-	addr     *int32
+	addr     *uint64
 }
+
+// The TSC of a vCPU: virt/kvm/devices/vcpu.rst, 4.
+const (
+	vcpuTSCControl = 0 // KVM_VCPU_TSC_CTRL
+	vcpuTSCOffset  = 0 // KVM_VCPU_TSC_OFFSET
+)
 
 // The VFIO device. Before Linux 6.6 its KVM_DEV_VFIO_FILE was named GROUP, with the same numbers.
 const (

@@ -46,6 +46,7 @@ var abi = []struct {
 	{"KVM_GET_STATS_FD", kvmGetStatsFD.nr, ""},
 	{"KVM_CREATE_DEVICE", kvmCreateDevice.nr, ""},
 	{"KVM_SET_DEVICE_ATTR", kvmSetDeviceAttr.nr, ""},
+	{"KVM_GET_DEVICE_ATTR", kvmGetDeviceAttr.nr, ""},
 	// vCPU ioctls.
 	{"KVM_RUN", kvmRun.nr, ""},
 	{"KVM_GET_REGS", kvmGetRegs.nr, ""},

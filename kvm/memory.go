@@ -82,6 +82,9 @@ func (vm *VM) ClearDirtyLog(slot uint32, first uint64, n uint32, bitmap []uint64
 	return err
 }
 
+// DirtyRingEntry is the size in bytes of a page's entry in a dirty ring.
+const DirtyRingEntry = 16
+
 // EnableDirtyRing gives every vCPU that is created from now on a ring of the pages that it
 // dirtied, in place of the dirty log; size is in bytes (16 per page), a power of two, at most
 // what CapDirtyLogRing says, and at least 16 KiB, as Intel's PML needs room in it.

@@ -63,6 +63,18 @@ func (v *VCPU) SetTSCKHz(khz int) error {
 	return err
 }
 
+// TSCOffset is what the guest's TSC is ahead of the host's, modulo 2^64, if their
+// frequencies are the same (Linux 5.16).
+func (v *VCPU) TSCOffset() (offset uint64, err error) {
+	err = attribute(v.fd, kvmGetDeviceAttr, vcpuTSCControl, vcpuTSCOffset, &offset)
+	return offset, err
+}
+
+// SetTSCOffset sets it.
+func (v *VCPU) SetTSCOffset(offset uint64) error {
+	return attribute(v.fd, kvmSetDeviceAttr, vcpuTSCControl, vcpuTSCOffset, &offset)
+}
+
 // MSRs reads model-specific registers. Those that the kernel refuses are not in the result
 // but in refused, by index.
 func (v *VCPU) MSRs(indices []uint32) (msrs []MSR, refused []uint32, err error) {

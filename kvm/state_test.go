@@ -2,11 +2,13 @@ package kvm
 
 import (
 	"encoding/binary"
+	"errors"
 	"math"
 	"slices"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 )
 
 // MSRs whose values the tests know: Intel SDM vol. 4.
@@ -240,4 +242,23 @@ func TestClock(t *testing.T) {
 		}
 	}
 	must(t, a.ClockPaused())
+}
+
+func TestTSCOffset(t *testing.T) {
+	g := newGuest(t, guestSpin, splitIRQChip(t))
+	if g.sys.Kind() == PVM {
+		t.Skip("under kvm_pvm the guest's TSC is the host's")
+	}
+	old, err := g.TSCOffset()
+	if errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENOTTY) {
+		t.Skip("needs Linux 5.16:", err)
+	}
+	must(t, err)
+	const ahead = 1 << 40
+	must(t, g.SetTSCOffset(old+ahead))
+	now, err := g.TSCOffset()
+	must(t, err)
+	if now != old+ahead {
+		t.Errorf("offset %#x, want %#x", now, old+ahead)
+	}
 }

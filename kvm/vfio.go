@@ -26,11 +26,16 @@ func (v *VFIO) AddFile(fd int) error { return v.set(devVFIOFileAdd, fd) }
 func (v *VFIO) RemoveFile(fd int) error { return v.set(devVFIOFileDel, fd) }
 
 func (v *VFIO) set(attr uint64, fd int) error {
-	file := int32(fd)
+	file := uint64(fd) // the kernel reads an int32, its low half
+	return attribute(v.fd, kvmSetDeviceAttr, devVFIOFile, attr, &file)
+}
+
+// attribute reads or writes an attribute of a vCPU or a device.
+func attribute(fd int, r request, group uint32, attr uint64, value *uint64) error {
 	var pin runtime.Pinner // the kernel follows the pointer inside the argument
 	defer pin.Unpin()
-	pin.Pin(&file)
-	_, err := ioctl(v.fd, kvmSetDeviceAttr, &deviceAttr{group: devVFIOFile, attr: attr, addr: &file})
+	pin.Pin(value)
+	_, err := ioctl(fd, r, &deviceAttr{group: group, attr: attr, addr: value})
 	return err
 }
 

@@ -168,7 +168,7 @@ func (b *builder) transport(d *Device, dev virtio.Device) (pci.Function, error) 
 
 func (b *builder) virtioBlk(d *Device) (pci.Function, error) {
 	spec := b.cfg.Blockdev(d.Text("drive"))
-	disk, err := blk.Open(spec.File, blk.Options{ReadOnly: spec.ReadOnly, IgnoreFlush: spec.NoFlush})
+	disk, err := blk.Open(spec.File, blk.Options{ReadOnly: spec.ReadOnly, IgnoreFlush: spec.NoFlush, Unlocked: b.State() == StateInMigrate})
 	if err != nil {
 		return nil, err
 	}

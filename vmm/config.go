@@ -61,6 +61,9 @@ type MachineConfig struct {
 // AccelConfig is the argument of -accel.
 type AccelConfig struct {
 	Force bool `json:"force,omitempty"` // start a stock kernel even on a KVM known not to run it
+	// DirtyRing is how many pages each vCPU may write, while the machine migrates, until baton
+	// has to take note: a power of two, 1024 to 65536. 0: KVM's log of all of RAM instead.
+	DirtyRing uint64 `json:"dirty-ring-size,omitempty"`
 }
 
 // CPUConfig is the argument of -cpu.

@@ -35,10 +35,12 @@ type Machine struct {
 	irq    *irqRouter
 	ioapic *chipset.IOAPIC
 	pm     *chipset.PM
+	rtc    *chipset.RTC
 	serial *chipset.Serial // COM1, may be nil
 	pci    *pci.RootComplex
 	vfio   *passthrough
 	vcpus  []*vcpu
+	ring   *kvmRing    // nil without -accel dirty-ring-size
 	loaded *boot.Entry // the kernel is in RAM and has not run
 
 	gate     *gate
@@ -59,6 +61,9 @@ func New(ctx context.Context, cfg *Config, log *slog.Logger) (_ *Machine, err er
 		ports: devices.NewBus(), mmio: devices.NewBus(),
 		gate: newGate(cfg.SMP), requests: make(chan request, 1),
 		control: control{calls: make(chan func()), ended: make(chan struct{}), posts: posts{wake: make(chan struct{}, 1)}},
+	}
+	if cfg.Incoming != "" {
+		m.state = StateInMigrate
 	}
 	defer func() {
 		if err != nil {
@@ -128,6 +133,12 @@ func (m *Machine) buildCore(sys *kvm.System) (err error) {
 	); err != nil {
 		return err
 	}
+	if n := m.cfg.Accel.DirtyRing; n > 0 {
+		if err := m.kvm.EnableDirtyRing(int(n) * kvm.DirtyRingEntry); err != nil {
+			return err
+		}
+		m.ring = &kvmRing{vm: m.kvm, mem: m.mem}
+	}
 	for slot, r := range m.mem.Regions() {
 		if err := m.kvm.SetMemory(uint32(slot), r.GPA, r.Host, 0); err != nil {
 			return err
@@ -177,11 +188,12 @@ func (m *Machine) buildChipset(ctx context.Context) error {
 		Reset: func() { m.request(requestReset, "guest-reset") },
 		Off:   func() { m.request(requestPowerOff, "guest-shutdown") },
 	})
+	m.rtc = chipset.NewRTC(time.Now)
 	debug := chipset.NewDebugPort(&lineLogger{log: m.log})
 	err := errors.Join(
 		m.mmio.Insert(devices.Range{Base: boot.IOAPICAddr, Size: chipset.IOAPICSize}, "ioapic", m.ioapic),
 		m.pm.Attach(m.ports),
-		m.ports.Insert(devices.Range{Base: chipset.RTCPort, Size: chipset.RTCPorts}, "rtc", chipset.NewRTC(time.Now)),
+		m.ports.Insert(devices.Range{Base: chipset.RTCPort, Size: chipset.RTCPorts}, "rtc", m.rtc),
 		m.ports.Insert(devices.Range{Base: chipset.BochsDebugPort, Size: 1}, "debug port", debug),
 		m.ports.Insert(devices.Range{Base: chipset.DebugPort, Size: 1}, "debug port", debug),
 		m.ports.Insert(devices.Range{Base: chipset.PanicPort, Size: 1}, "pvpanic", chipset.NewPVPanic(m.panicked)),
@@ -231,6 +243,9 @@ func (m *Machine) buildVCPUs(sys *kvm.System) error {
 			return fmt.Errorf("vcpu %d: %w", id, err)
 		}
 		m.vcpus = append(m.vcpus, c)
+		if m.ring != nil {
+			m.ring.vcpus = m.vcpus
+		}
 	}
 	return nil
 }

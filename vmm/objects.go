@@ -25,6 +25,7 @@ var (
 	accelKinds = []schema{{name: "accel", props: []prop{
 		{name: "accel", kind: kindEnum, enum: []string{"kvm"}, help: "there is no emulation of the CPU"},
 		{name: "force", kind: kindBool, help: "boot even where KVM is known not to run a stock kernel"},
+		{name: "dirty-ring-size", kind: kindUint, help: "pages a vCPU lists when the machine migrates, 1024 to 65536, a power of two; default: 0, KVM's log"},
 		only("kernel-irqchip", "split", "the IOAPIC is baton's, the LAPICs are KVM's"),
 	}}}
 	memoryKinds = []schema{{name: "memory", props: []prop{

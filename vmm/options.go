@@ -76,7 +76,7 @@ func justNone(have string) func(*parser, string) error {
 func options() []option {
 	return []option{
 		{name: "enable-kvm", group: groupMachine, help: "use KVM; baton always does", set: nothing},
-		{name: "accel", arg: "kvm[,force=on]", group: groupMachine, help: "force=on: try a stock kernel even where KVM cannot run one", kinds: accelKinds,
+		{name: "accel", arg: "kvm[,KEY=VALUE...]", group: groupMachine, help: "force=on: try a stock kernel even where KVM cannot run one; dirty-ring-size=N", kinds: accelKinds,
 			add: func(p *parser, _ string, v Values) error { return v.into(&p.cfg.Accel) }},
 		{name: "machine", alias: "M", arg: "q35[,KEY=VALUE...]", group: groupMachine, help: "kernel-irqchip=split, native-hotplug=on|off, memory-backend=ID", kinds: machineKinds,
 			add: func(p *parser, _ string, v Values) error {

@@ -100,6 +100,7 @@ func TestConfig(t *testing.T) {
 		{"", func(c *Config) {}},
 		{"--enable-kvm -accel kvm -machine q35,accel=kvm,usb=off -M q35 -cpu host -nographic -display none -vga none -nic none -no-user-config", func(c *Config) {}},
 		{"-accel kvm,force=on", func(c *Config) { c.Accel.Force = true }},
+		{"-accel kvm,dirty-ring-size=4096", func(c *Config) { c.Accel.DirtyRing = 4096 }},
 		{"-machine native-hotplug=on", func(c *Config) { c.Machine.NativeHotplug = true }},
 		{"-m 256", func(c *Config) { c.Memory.Size = 256 << 20 }},
 		{"-m size=1.5G", func(c *Config) { c.Memory.Size = 3 << 29 }},

@@ -130,6 +130,9 @@ func (c *Config) Validate() error {
 	if c.CPU.Model != "host" {
 		p.add("cpu", "%w", unknown("model", c.CPU.Model, []string{"host"}))
 	}
+	if n := c.Accel.DirtyRing; n != 0 && (n < 1024 || n > 65536 || n&(n-1) != 0) {
+		p.add("accel", "dirty-ring-size=%d: want 0 or a power of two, 1024 to 65536", n)
+	}
 	if c.SMP < 1 || c.SMP > MaxCPUs {
 		p.add("smp", "%d vCPUs: want 1 to %d", c.SMP, MaxCPUs)
 	}

@@ -16,7 +16,9 @@ type vcpu struct {
 	*kvm.VCPU
 	m     *Machine
 	power kvm.State // as KVM made it, before the first instruction
-	tid   atomic.Int32
+	// unfinished: the instruction of the last exit is complete only in the next Run.
+	unfinished bool
+	tid        atomic.Int32
 }
 
 // run executes the guest until the gate says that it is over. It is the hot path: bus
@@ -25,8 +27,16 @@ func (c *vcpu) run() {
 	runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
 	c.tid.Store(int32(unix.Gettid()))
 	setThreadName(fmt.Sprintf("CPU %d/KVM", c.ID()))
-	for c.m.gate.pass() {
+	for {
+		// No vCPU stands before the gate in the middle of an instruction: it goes on to Run, which
+		// finishes that and, kicked, executes nothing else. Who shuts the gate from now on kicks.
+		if c.unfinished && c.m.gate.shut.Load() {
+			c.Kick()
+		} else if !c.unfinished && !c.m.gate.pass() {
+			return
+		}
 		reason, err := c.Run()
+		c.unfinished = err == nil && (reason == kvm.ExitIO || reason == kvm.ExitMMIO)
 		if err != nil {
 			c.m.crash(c, err.Error())
 			continue
@@ -42,6 +52,10 @@ func (c *vcpu) run() {
 				c.m.mmio.Read(x.Addr, x.Data)
 			}
 		case kvm.ExitIntr:
+		case kvm.ExitDirtyRingFull:
+			if err := c.m.ring.collect(); err != nil {
+				c.m.crash(c, err.Error())
+			}
 		case kvm.ExitIOAPICEOI:
 			c.m.ioapic.EOI(c.EOIVector())
 		case kvm.ExitShutdown:

@@ -6,6 +6,7 @@ const (
 	setFeatures   = 0x4008af00
 	setOwner      = 0x0000af01 // no argument
 	setMemTable   = 0x4008af03 // memTable
+	setLogBase    = 0x4008af04
 	setVringNum   = 0x4008af10 // vringState
 	setVringAddr  = 0x4028af11 // vringAddr
 	setVringBase  = 0x4008af12 // vringState
@@ -14,6 +15,12 @@ const (
 	setVringCall  = 0x4008af21 // vringFile
 	setVringErr   = 0x4008af22 // vringFile
 	netSetBackend = 0x4008af30 // vringFile
+)
+
+// Dirty log: featureLogAll is VHOST_F_LOG_ALL, vringLog is VHOST_VRING_F_LOG of vringAddr.flags.
+const (
+	featureLogAll = 1 << 26
+	vringLog      = 1 << 0
 )
 
 // maxRegions is the kernel's default limit, the parameter max_mem_regions of the module vhost.

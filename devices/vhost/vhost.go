@@ -36,6 +36,8 @@ type Vring struct {
 type Net struct {
 	fd       int
 	features uint64
+	log      *Log // nil: writes are not logged
+	serving  *service
 	errFD    int           // eventfd that the kernel signals for a ring it cannot read
 	broken   *os.File      // errFD, whose method Fd would make it block
 	watching chan struct{} // closed by the goroutine that reads it; nil: not serving
@@ -103,15 +105,16 @@ func (n *Net) Features() uint64 { return n.features }
 // fails, and serves nothing, for a ring that is not inside guest memory. What the driver
 // puts into a ring is looked at later: failed is called, once, when it makes no sense.
 func (n *Net) Start(mem *guestmem.Memory, features uint64, rings [2]Vring, tap int, failed func(error)) error {
-	if err := ioctl(n.fd, setFeatures, &features); err != nil {
-		return fmt.Errorf("start vhost-net with features %#x: %w", features, err)
-	}
 	table, err := newMemTable(mem)
 	if err == nil {
 		err = ioctl(n.fd, setMemTable, table)
 	}
 	if err != nil {
 		return fmt.Errorf("start vhost-net: share guest memory: %w", err)
+	}
+	// Only the regions of a memory table may be logged, so it comes first.
+	if err := n.setFeatures(features); err != nil {
+		return fmt.Errorf("start vhost-net: %w", err)
 	}
 	for i, r := range rings {
 		if err := n.setRing(mem, uint32(i), r); err != nil {
@@ -124,7 +127,64 @@ func (n *Net) Start(mem *guestmem.Memory, features uint64, rings [2]Vring, tap i
 			return fmt.Errorf("start vhost-net: attach ring %d to the TAP: %w", i, err)
 		}
 	}
+	n.serving = &service{mem, features, rings}
 	n.watch(failed)
+	return nil
+}
+
+// service is what Start was given.
+type service struct {
+	mem      *guestmem.Memory
+	features uint64
+	rings    [2]Vring
+}
+
+// SetLog has all that the kernel writes to guest memory logged, in addition to what was given
+// to an earlier call being forgotten; nil ends it. It may come at any time, while frames flow,
+// too: what is written after it has returned is in the log.
+func (n *Net) SetLog(log *Log) error {
+	old := n.log
+	n.log = log
+	if err := n.applyLog(); err != nil {
+		n.log = old
+		return fmt.Errorf("log the writes of vhost-net: %w", err)
+	}
+	return nil
+}
+
+// applyLog tells the kernel of the log: where it is before it is used, and of the rings' own
+// area besides the frames.
+func (n *Net) applyLog() error {
+	if n.serving == nil {
+		return nil
+	}
+	if err := n.setFeatures(n.serving.features); err != nil {
+		return err
+	}
+	for i, r := range n.serving.rings {
+		addr, err := n.ringAddr(n.serving.mem, uint32(i), r)
+		if err == nil {
+			err = ioctl(n.fd, setVringAddr, &addr)
+		}
+		if err != nil {
+			return fmt.Errorf("ring %d: %w", i, err)
+		}
+	}
+	return nil
+}
+
+// setFeatures sets features and where the log is.
+func (n *Net) setFeatures(features uint64) error {
+	if n.log != nil {
+		base := n.log.address()
+		if err := ioctl(n.fd, setLogBase, &base); err != nil {
+			return fmt.Errorf("set the log: %w", err)
+		}
+		features |= featureLogAll
+	}
+	if err := ioctl(n.fd, setFeatures, &features); err != nil {
+		return fmt.Errorf("set features %#x: %w", features, err)
+	}
 	return nil
 }
 
@@ -143,7 +203,7 @@ func (n *Net) watch(failed func(error)) {
 }
 
 func (n *Net) setRing(mem *guestmem.Memory, i uint32, r Vring) error {
-	addr, err := ringAddr(mem, i, r)
+	addr, err := n.ringAddr(mem, i, r)
 	if err != nil {
 		return err
 	}
@@ -211,6 +271,7 @@ func (n *Net) StartRing(i int, base uint16, tap int) error {
 // detach takes the TAP away, which waits for the worker. It fails only for a ring that the
 // worker does not serve.
 func (n *Net) detach() {
+	n.serving = nil
 	for i := range uint32(2) {
 		_ = ioctl(n.fd, netSetBackend, &vringFile{i, -1})
 	}
@@ -228,9 +289,12 @@ func (n *Net) Close() error {
 }
 
 // ringAddr translates a ring's addresses. The sizes are those of VIRTIO 1.2, 2.7.
-func ringAddr(mem *guestmem.Memory, i uint32, r Vring) (addr vringAddr, err error) {
+func (n *Net) ringAddr(mem *guestmem.Memory, i uint32, r Vring) (addr vringAddr, err error) {
 	size := uint64(r.Size)
 	addr.index = i
+	if n.log != nil {
+		addr.flags, addr.log = vringLog, r.Used
+	}
 	if addr.desc, err = mem.HostAddr(r.Desc, 16*size); err != nil {
 		return addr, fmt.Errorf("descriptor table: %w", err)
 	}

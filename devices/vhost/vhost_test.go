@@ -76,7 +76,7 @@ func TestRingAddr(t *testing.T) {
 		{"wraps around", Vring{Size: 2, Desc: 1<<64 - 16}, vringAddr{}, "descriptor table"},
 		{"greatest size", Vring{Size: 32768, Desc: 0}, vringAddr{}, "descriptor table"},
 	} {
-		got, err := ringAddr(mem, 1, tc.ring)
+		got, err := new(Net).ringAddr(mem, 1, tc.ring)
 		var outside *guestmem.RangeError
 		switch {
 		case tc.err == "" && (err != nil || got != tc.want):

@@ -13,3 +13,11 @@ func ioctl[T any](fd int, req uintptr, arg *T) error {
 	}
 	return nil
 }
+
+// words views a mapping, which begins and ends on a page.
+func words(mapping []byte) []uint64 {
+	return unsafe.Slice((*uint64)(unsafe.Pointer(unsafe.SliceData(mapping))), len(mapping)/8)
+}
+
+// address is where the log lies in this process.
+func (l *Log) address() uint64 { return uint64(uintptr(unsafe.Pointer(unsafe.SliceData(l.mapping)))) }

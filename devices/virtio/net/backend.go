@@ -30,6 +30,9 @@ type Backend interface {
 	SetPairs(n int) error
 	// SetOffloads says, in feature bits, which unfinished frames the driver takes.
 	SetOffloads(features uint64) error
+	// SetLog has what the kernel writes to guest memory logged; nil ends it. What this process
+	// writes is in guest memory's own log.
+	SetLog(log *vhost.Log) error
 	// Discard throws away what waits.
 	Discard()
 	// Name is the name of the host's end.
@@ -94,6 +97,8 @@ func offload(features uint64) (set tap.Offload) {
 
 func (h host) Name() string { return h.tap.Name() }
 
+func (h host) SetLog(*vhost.Log) error { return nil }
+
 func (h host) Discard() {
 	for i := range h.tap.Queues() {
 		h.tap.Discard(i)
@@ -152,6 +157,15 @@ func (b *vhostBackend) Stop(pair int) {
 			q.Seek(base[i])
 		}
 	}
+}
+
+func (b *vhostBackend) SetLog(log *vhost.Log) error {
+	for _, n := range b.nets {
+		if err := n.SetLog(log); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (b *vhostBackend) Close() error {

@@ -10,6 +10,7 @@ import (
 	"sync"
 	"testing"
 
+	"baton/devices/vhost"
 	"baton/devices/virtio"
 	"baton/devices/virtio/virtiotest"
 )
@@ -65,6 +66,7 @@ func (f *fake) Send(frame []byte) error           { return f.do("send %x", frame
 func (f *fake) Name() string                      { return "fake" }
 func (f *fake) Discard()                          { _ = f.do("discard") }
 func (f *fake) Close() error                      { return f.do("close") }
+func (f *fake) SetLog(log *vhost.Log) error       { return f.do("log %v", log != nil) }
 
 // newFake returns a device on a fake backend with the log empty.
 func newFake(t testing.TB, c Config, pairs int) (*Net, *fake) {

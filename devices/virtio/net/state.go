@@ -2,6 +2,7 @@ package net
 
 import (
 	"baton/devices"
+	"baton/devices/vhost"
 	"baton/devices/virtio"
 )
 
@@ -28,6 +29,14 @@ type state struct {
 	MaxPairs uint16 `cbor:"18,keyasint"`
 	MTU      uint16 `cbor:"19,keyasint"`
 	Speed    uint32 `cbor:"20,keyasint"`
+}
+
+// SetLog has what the kernel writes to guest memory for this device logged; nil ends it. It may
+// be called at any time.
+func (n *Net) SetLog(log *vhost.Log) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.backend.SetLog(log)
 }
 
 // Pause implements [virtio.Device]. Frames for the driver wait at the host's end.
