@@ -14,9 +14,25 @@
 // meaning; what a function adds to that is hooks. Section numbers "PCIe" are those of the
 // PCI Express Base Specification 5.0, "PCI" those of PCI Local Bus 3.0.
 //
+// # Slots
+//
+// A [Slot] stands between a function and its guest, which works it by ACPI ([SlotBlock]) or by
+// the registers of the root port (pciehp.go):
+//
+//	            Plug             guest took it          RequestUnplug       guest has begun
+//	 ┌─> empty ─────> plugging ───────────────> present ────────────> requested ─────────> busy
+//	 │                   │                         │ ^                 │  │ Withdraw         │ │ refused
+//	 │                   │                         │ └─────────────────│──┴──────────────────│─┘
+//	 │    guest ejects, surprise, reset of a guest that was asked      │                     │
+//	 └──── draining <────┴─────────────────────────┴───────────────────┴─────────────────────┘
+//	  no vCPU is in the function, and the guest knows that it has gone
+//
+// A device that has left its bus reads as all ones at once; it is handed back when no vCPU can be
+// in it any more.
+//
 // # Locks
 //
-// The RootComplex has one lock for the tree and for what the BARs decode. Each Config has
+// A Slot has one lock, taken before that of the RootComplex. The RootComplex has one lock for the tree and for what the BARs decode. Each Config has
 // one for its bytes, taken inside the former; it is a leaf. BAR.Mapped runs with the tree's
 // lock held, so that calls come in the order of the changes: it must not use a Bus or the
 // RootComplex. Hooks (OnRead, OnWrite), Function.Reset and MSIX.OnChange run with no lock

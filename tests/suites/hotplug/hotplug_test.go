@@ -39,8 +39,14 @@ type vm struct {
 	q *harness.QMP
 }
 
-// start boots a guest; options are added to the command line, words to the kernel's.
+// start boots a guest of the newer Linux; options are added to the command line, words to the
+// kernel's. It returns as soon as baton listens.
 func start(t *testing.T, options []string, words ...string) *vm {
+	t.Helper()
+	return startLinux(t, append(harness.Linux(t, words...), options...))
+}
+
+func startLinux(t *testing.T, args []string) *vm {
 	t.Helper()
 	quietKernel(t)
 	dir, err := os.MkdirTemp("", "hotplug") // short enough for a socket's name
@@ -53,11 +59,11 @@ func start(t *testing.T, options []string, words ...string) *vm {
 		t.Fatal(err)
 	}
 	sock := filepath.Join(dir, "qmp")
-	args := append(harness.Linux(t, words...), "-m", "256M", "-smp", "2", "-qmp", "unix:"+sock+",server=on,wait=off",
+	args = append(args, "-m", "256M", "-smp", "2", "-qmp", "unix:"+sock+",server=on,wait=off",
 		"-device", "pcie-root-port,id=r1,chassis=1", "-device", "pcie-root-port,id=r2,chassis=2",
 		"-device", "pcie-root-port,id=r3,chassis=3,attention-button=off",
 		"-netdev", "tap,id=n,script=no,downscript=no,ifname="+tap, "-blockdev", "file,node-name=d,filename="+disk)
-	g := harness.Start(t, harness.GuestConfig{Args: append(args, options...)})
+	g := harness.Start(t, harness.GuestConfig{Args: args})
 	t.Cleanup(func() {
 		if t.Failed() {
 			ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
@@ -68,6 +74,9 @@ func start(t *testing.T, options []string, words ...string) *vm {
 	})
 	return &vm{t, g, harness.DialQMP(t, harness.Context(t, 8*time.Minute), sock)}
 }
+
+// up waits until the guest is.
+func (v *vm) up() { v.Helper(); v.g.Output(harness.Context(v, bootLimit), "true") }
 
 func (v *vm) sh(script string) string { v.Helper(); return v.g.Sh(harness.Context(v, limit), script) }
 
@@ -178,17 +187,20 @@ type way struct {
 var ways = []way{
 	{"ACPI", "r1", "cooperative", "q35", 5 * time.Second},
 	{"ACPI, surprise", "r2", "surprise", "q35", 5 * time.Second},
-	{"native, button", "r1", "cooperative", "q35,native-hotplug=on", 15 * time.Second},
-	{"native, no button", "r3", "cooperative", "q35,native-hotplug=on", 5 * time.Second},
-	{"native, surprise", "r2", "surprise", "q35,native-hotplug=on", 5 * time.Second},
+	{"no ACPI, button", "r1", "cooperative", "q35,native-hotplug=on", 15 * time.Second},
+	{"no ACPI, no button", "r3", "cooperative", "q35,native-hotplug=on", 5 * time.Second},
+	{"no ACPI, surprise", "r2", "surprise", "q35,native-hotplug=on", 5 * time.Second},
 }
 
 // TestWays plugs a disk and a NIC and unplugs them under traffic, by every way, twice.
-func TestWays(t *testing.T) {
+func TestWays(t *testing.T)   { testWays(t, func(t *testing.T) []string { return harness.Linux(t) }) }
+func TestWays61(t *testing.T) { testWays(t, func(t *testing.T) []string { return harness.Linux61(t) }) }
+
+func testWays(t *testing.T, linux func(*testing.T) []string) {
 	for _, machine := range []string{"q35", "q35,native-hotplug=on"} {
 		t.Run(machine, func(t *testing.T) {
-			v := start(t, []string{"-machine", machine})
-			v.g.Output(harness.Context(t, bootLimit), "true")
+			v := startLinux(t, append(linux(t), "-machine", machine))
+			v.up()
 			addAddr(t)
 			for _, w := range ways {
 				if w.machine == machine {
