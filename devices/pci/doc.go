@@ -19,13 +19,13 @@
 // A [Slot] stands between a function and its guest, which works it by ACPI ([SlotBlock]) or by
 // the registers of the root port (pciehp.go):
 //
-//	            Plug             guest took it          RequestUnplug       guest has begun
-//	 ┌─> empty ─────> plugging ───────────────> present ────────────> requested ─────────> busy
-//	 │                   │                         │ ^                 │  │ Withdraw         │ │ refused
-//	 │                   │                         │ └─────────────────│──┴──────────────────│─┘
-//	 │    guest ejects, surprise, reset of a guest that was asked      │                     │
-//	 └──── draining <────┴─────────────────────────┴───────────────────┴─────────────────────┘
-//	  no vCPU is in the function, and the guest knows that it has gone
+//	           Plug             guest took it          RequestUnplug       guest has begun
+//	┌─> empty ─────> plugging ───────────────> present ────────────> requested ─────────> busy
+//	│                   │                         │ ^                 │  │ Withdraw         │ │ refused
+//	│                   │                         │ └─────────────────│──┴──────────────────│─┘
+//	│    guest ejects, surprise, reset of a guest that was asked      │                     │
+//	└──── draining <────┴─────────────────────────┴───────────────────┴─────────────────────┘
+//	 no vCPU is in the function, and the guest knows that it has gone
 //
 // A device that has left its bus reads as all ones at once; it is handed back when no vCPU can be
 // in it any more.
