@@ -96,8 +96,6 @@ func TestPatchSeries(t *testing.T) {
 	peer := harness.NewPeer(t, "10.88.0.2/24")
 	harness.Bridge(t, "br0", peer.Uplink)
 	vf := harness.PFs(t)[0].CreateVFs(t, 1)[0]
-	vf.SetMAC(t, mac)
-	vf.BindVFIO(t)
 	// The script's place is part of the command line.
 	if err := os.MkdirAll("/root/bin", 0o755); err != nil {
 		t.Fatal(err)
@@ -157,6 +155,8 @@ func TestPatchSeries(t *testing.T) {
 	// The series goes on: "then the primary device can be hotplugged via".
 	const cards = "cat /sys/class/net/*/address | grep -c " + mac // failover master, standby, primary
 	until(ctx, t, g, cards, "2")
+	vf.SetMAC(t, mac) // from now on the NIC sends what is for the guest to the VF
+	vf.BindVFIO(t)
 	c.ask("device_add vfio-pci,host="+strings.TrimPrefix(vf.PCI, "0000:")+",id=hostdev0,bus=root1,standby=net1", `\(qemu\) $`)
 	c.ask("info pci", `Ethernet controller: PCI device 8086:10ca\n(.*\n)*      id "hostdev0"\n`)
 	until(ctx, t, g, cards, "3")
