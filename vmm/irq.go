@@ -27,6 +27,28 @@ type irqRouter struct {
 	mu     sync.Mutex
 	routes map[uint32]devices.MSI
 	used   map[uint32]bool
+	// held: changes wait for Unquiesce, for each costs the kernel a grace period, and a guest
+	// that arrives brings many.
+	held bool
+}
+
+// Quiesce implements [devices.Quiescer]: no interrupt is raised until Unquiesce.
+func (r *irqRouter) Quiesce() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.held = true
+	return nil
+}
+
+// Unquiesce implements [devices.Quiescer]. It comes before that of all who raise interrupts.
+func (r *irqRouter) Unquiesce() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.held {
+		return nil
+	}
+	r.held = false
+	return r.flush()
 }
 
 func newIRQRouter(vm *kvm.VM) *irqRouter {
@@ -80,6 +102,9 @@ func (r *irqRouter) drop(gsi uint32) error {
 }
 
 func (r *irqRouter) flush() error {
+	if r.held {
+		return nil
+	}
 	table := make([]kvm.Route, 0, len(r.routes))
 	for gsi, m := range r.routes {
 		table = append(table, kvm.Route{GSI: gsi, Addr: m.Addr, Data: m.Data})

@@ -26,6 +26,7 @@ func (m *Machine) staters() []devices.Stater {
 // quiescers are those that do something by themselves, in the order in which they go on. They
 // stop in the reverse order.
 func (m *Machine) quiescers() (list []devices.Quiescer) {
+	list = append(list, m.irq)
 	for _, s := range m.staters() {
 		if q, ok := s.(devices.Quiescer); ok {
 			list = append(list, q)

@@ -307,11 +307,20 @@ func moveWhole(t *testing.T, from, to *whole, last byte) byte {
 			t.Error(err)
 		}
 	}
+	return from.follow(to, last)
+}
+
+// follow lets the guest go on in another machine: the first letter there follows on what it
+// said here before it stopped.
+func (w *whole) follow(to *whole, last byte) byte {
+	w.t.Helper()
 	to.goOn()
-	// What the guest says here follows on what it said there before it stopped.
 	first := to.letters(0, 1)
+	if first == '!' {
+		w.t.Fatal("the guest has met something wrong")
+	}
 	for (last-'a'+1)%16+'a' != first {
-		last = from.letters(last, 1)
+		last = w.letters(last, 1)
 	}
 	return first
 }

@@ -4,6 +4,9 @@ package devicetest
 import (
 	"bytes"
 	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -11,7 +14,9 @@ import (
 )
 
 // State checks a kind of device. Make returns one as after its reset, each time the same;
-// mutate has it differ from that in all that its state tells, as a guest would do it.
+// mutate has it differ from that in all that its state tells, as a guest would do it. What has
+// been saved once is loaded for ever: testdata/TYPE-vN.cbor is the section as format N had it,
+// written by the environment variable BATON_UPDATE=1 when there is a new one.
 func State(t *testing.T, make func(testing.TB) devices.Stater, mutate func(testing.TB, devices.Stater)) {
 	t.Helper()
 	info := make(t).StateInfo()
@@ -93,6 +98,28 @@ func State(t *testing.T, make func(testing.TB) devices.Stater, mutate func(testi
 		}
 		if again := save(t, other); !bytes.Equal(data, again) {
 			t.Errorf("loaded, the state is another one\n% x\n% x", data, again)
+		}
+	})
+	t.Run("state/golden", func(t *testing.T) {
+		data := mutated(t)
+		for v := info.MinVersion; v <= info.Version; v++ {
+			file := filepath.Join("testdata", fmt.Sprintf("%s-v%d.cbor", info.Type, v))
+			if v == info.Version && os.Getenv("BATON_UPDATE") != "" {
+				if err := errors.Join(os.MkdirAll("testdata", 0o755), os.WriteFile(file, data, 0o644)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			golden, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			d := made(t)
+			if err := d.LoadState(v, golden); err != nil {
+				t.Errorf("%s: %v", file, err)
+			}
+			if v == info.Version && !bytes.Equal(save(t, d), golden) {
+				t.Errorf("%s: saved again it is\n% x, not\n% x", file, save(t, d), golden)
+			}
 		}
 	})
 	t.Run("state/versions", func(t *testing.T) {
