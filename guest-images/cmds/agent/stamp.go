@@ -46,6 +46,7 @@ type stamper struct {
 	shadow  []uint64 // by page: its generation, 0: never written
 	write   func(page int, generation uint64) error
 	check   func(page int, generation uint64) error
+	kept    func() error // checks what is in RAM besides; may be nil
 	writes  uint64
 	checked uint64 // while it works
 	err     error
@@ -91,6 +92,11 @@ func (s *stamper) verify() (pages, writes uint64, err error) {
 	for page, generation := range s.shadow {
 		if err := s.check(page, generation); err != nil {
 			return uint64(page), s.writes, err
+		}
+	}
+	if s.kept != nil {
+		if err := s.kept(); err != nil {
+			return 0, s.writes, err
 		}
 	}
 	return uint64(len(s.shadow)), s.writes, nil
@@ -169,33 +175,59 @@ func stampDisk(a []string) (any, error) {
 	}
 	pages := int(size / 8 / pageSize)
 	first := size/pageSize - int64(pages)
-	// Reads go to one page after the other of RAM, which the device dirties.
+	// Reads go to one page after the other of RAM, which the device dirties and nobody else
+	// touches: what it has put there is looked at again before the page's next turn, and at the end.
 	buf, err := unix.Mmap(-1, 0, 4<<20, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
 	if err != nil {
 		return nil, err
 	}
-	next := 0
-	window := func() []byte {
-		next = (next + pageSize) % len(buf)
-		return buf[next:][:pageSize]
+	out, err := unix.Mmap(-1, 0, pageSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	if err != nil {
+		return nil, err
+	}
+	type read struct {
+		page       int
+		generation uint64 // 0: nothing was read
+	}
+	reads, next := make([]read, len(buf)/pageSize), 0
+	keeps := func(i int) error {
+		if reads[i].generation == 0 {
+			return nil
+		}
+		if err := compare(buf[i*pageSize:][:pageSize], reads[i].page, reads[i].generation); err != nil {
+			return fmt.Errorf("read earlier: %w", err)
+		}
+		return nil
 	}
 	s := &stamper{
 		shadow: make([]uint64, pages),
 		write: func(page int, generation uint64) error {
-			b := window()
-			fill(b, page, generation)
-			_, err := f.WriteAt(b, (first+int64(page))*pageSize)
+			fill(out, page, generation)
+			_, err := f.WriteAt(out, (first+int64(page))*pageSize)
 			return err
 		},
 		check: func(page int, generation uint64) error {
 			if generation == 0 {
 				return nil
 			}
-			b := window()
+			next = (next + 1) % len(reads)
+			if err := keeps(next); err != nil {
+				return err
+			}
+			b := buf[next*pageSize:][:pageSize]
 			if _, err := f.ReadAt(b, (first+int64(page))*pageSize); err != nil {
 				return err
 			}
+			reads[next] = read{page, generation}
 			return compare(b, page, generation)
+		},
+		kept: func() error {
+			for i := range reads {
+				if err := keeps(i); err != nil {
+					return err
+				}
+			}
+			return nil
 		},
 	}
 	stamps.Lock()
@@ -244,12 +276,31 @@ func (s *tcpStamps) receive(c net.Conn) {
 			s.complain(checkChunk(old, i-64))
 		}
 		chunk := make([]byte, chunkSize)
+		if t, ok := c.(*net.TCPConn); ok && i%16 == 0 {
+			dwell(t)
+		}
 		if _, err := io.ReadFull(c, chunk); err != nil {
 			return
 		}
 		s.complain(checkChunk(chunk, i))
 		kept[i%64] = chunk
 		s.bytes.Add(chunkSize)
+	}
+}
+
+// dwell leaves what comes where the device put it, until there is much of it or a while has
+// passed: pages of the kernel that the guest's CPU has not written.
+func dwell(c *net.TCPConn) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return
+	}
+	for range 10 {
+		queued := 0
+		if err := raw.Control(func(fd uintptr) { queued, _ = unix.IoctlGetInt(int(fd), unix.TIOCINQ) }); err != nil || queued >= 16*chunkSize {
+			return
+		}
+		time.Sleep(20 * time.Millisecond)
 	}
 }
 
