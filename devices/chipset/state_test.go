@@ -159,3 +159,11 @@ func TestRTCState(t *testing.T) {
 
 // send has the host send text; it ends when the port has read it.
 func (u *uart) send(text string) { go func() { _, _ = u.host.in.Write([]byte(text)) }() }
+
+func FuzzSerialState(f *testing.F) {
+	devicetest.FuzzState(f, func(t testing.TB) devices.Stater { return newUART(t).Serial })
+}
+
+func FuzzIOAPICState(f *testing.F) {
+	devicetest.FuzzState(f, func(testing.TB) devices.Stater { return NewIOAPIC(new(lapics), 24) })
+}

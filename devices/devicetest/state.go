@@ -167,3 +167,34 @@ func refused(t *testing.T, info devices.StateInfo, err error) {
 		t.Errorf("the error does not name %s: %v", info, err)
 	}
 }
+
+// FuzzState loads foreign sections: there is an error or a device that works.
+func FuzzState(f *testing.F, make func(testing.TB) devices.Stater) {
+	files, err := filepath.Glob("testdata/*.cbor")
+	if err != nil {
+		f.Fatal(err)
+	}
+	for _, file := range files {
+		data, err := os.ReadFile(file)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(data)
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		d := make(t)
+		q, ok := d.(devices.Quiescer)
+		if ok {
+			_ = q.Quiesce()
+		}
+		if d.LoadState(d.StateInfo().Version, data) != nil {
+			return
+		}
+		if ok && q.Unquiesce() == nil {
+			_ = q.Quiesce()
+		}
+		if _, err := d.SaveState(); err != nil {
+			t.Error(err)
+		}
+	})
+}

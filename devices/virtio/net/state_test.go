@@ -155,3 +155,25 @@ func TestStateErrors(t *testing.T) {
 		}
 	}
 }
+
+func FuzzState(f *testing.F) {
+	n, _ := newFake(f, Config{MAC: testMAC}, 4)
+	data, err := n.SaveState()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(data)
+	info := devices.StateInfo{ID: "pci/0000:00:02.0", Type: "virtio-net-pci", Version: 1, MinVersion: 1}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		n, _ := newFake(t, Config{MAC: testMAC}, 4)
+		if n.LoadState(info, 1, data) != nil {
+			return
+		}
+		if err := n.Announce(); err != nil {
+			t.Error(err)
+		}
+		if _, err := n.SaveState(); err != nil {
+			t.Error(err)
+		}
+	})
+}
