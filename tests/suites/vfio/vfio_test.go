@@ -115,6 +115,7 @@ func TestINTx(t *testing.T) {
 	n := startNIC(t, harness.Linux61(t), "rombar=1", "for d in /sys/bus/pci/devices/*; do grep -q 0x10d3 $d/device && echo 0 >$d/msi_bus; done; true")
 	n.interrupt = "IO-APIC"
 	t.Run("traffic", n.traffic)
+	t.Run("lspci", func(t *testing.T) { lspci(t, n.g, "nic.txt") })
 	t.Run("ROM", func(t *testing.T) {
 		ctx := harness.Context(t, limit)
 		dir := "/sys/class/net/" + n.name + "/device/"
