@@ -4,6 +4,7 @@ import (
 	"context"
 
 	"baton/kvm/guestmem"
+	"baton/migrate/wire"
 )
 
 // Machine is what both sides need of a virtual machine. Its methods are called from the
@@ -17,12 +18,17 @@ type Machine interface {
 	// its RAM, CPUID leaves, MSRs and the device tree, in an order that people can read.
 	Facts() []Fact
 	// Sections are all state but RAM, in the order in which it is loaded. The source's list is
-	// taken twice: for the hello, and when the guest has been paused. What is new by then is
-	// refused by the target; what has gone (a primary that was unplugged) is no fault.
+	// taken twice, for the hello and when the guest has been paused, and is to be the same: the
+	// target needs all of its own, and no other. What can leave on the way, a passed-through
+	// device, has none.
 	Sections() []Section
 	// TakeLocks locks the disks for this process. On the target it comes after the commit and
 	// before Start; on the source it undoes ReleaseLocks.
 	TakeLocks() error
+	// ReleaseLocks gives the disks' locks up. On the source the guest is paused, the target has
+	// loaded all of it, and only the commit is left; on the target it undoes TakeLocks when
+	// Start has failed.
+	ReleaseLocks() error
 }
 
 // SourceMachine is the machine that the guest leaves.
@@ -44,9 +50,6 @@ type SourceMachine interface {
 	// Flush writes what the host caches for the disks. It is called once before Pause, while
 	// the guest runs, and again after it.
 	Flush() error
-	// ReleaseLocks gives the disks' locks up. The guest is paused, the target has loaded all
-	// of it, and only the commit is left.
-	ReleaseLocks() error
 }
 
 // TargetMachine is the machine that the guest arrives in: built with the same configuration,
@@ -62,11 +65,9 @@ type TargetMachine interface {
 	Start(running bool) error
 }
 
-// Fact is one thing that both sides must agree on.
-type Fact struct {
-	Name  string `cbor:"1,keyasint"` // such as "machine", "ram", "cpu/0x7.0/ebx", "device/pci/0000:00:02.0"
-	Value string `cbor:"2,keyasint"` // for people to read as well
-}
+// Fact is one thing that both sides must agree on: a name, such as "machine", "ram",
+// "cpu/0x7.0/ebx", "device/pci/0000:00:02.0", and a value, for people to read as well.
+type Fact = wire.Fact
 
 // SectionInfo names a section: see devices.StateInfo, which it repeats.
 type SectionInfo struct {

@@ -1,6 +1,7 @@
 package migrate
 
 import (
+	"crypto/tls"
 	"os"
 	"time"
 
@@ -24,6 +25,7 @@ type Options struct {
 	Address      wire.Address
 	Params       Params
 	Capabilities Capabilities
+	TLS          *tls.Config // nil: none; see wire.LoadTLS
 	// Files hands over, for good, the file that fd:NAME names.
 	Files func(name string) (*os.File, error)
 	// Events may be nil.

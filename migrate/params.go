@@ -27,8 +27,8 @@ type Params struct {
 	AnnounceMax              uint64 `json:"announce-max"`               // ms, the longest pause between two
 	AnnounceRounds           uint64 `json:"announce-rounds"`            // how many
 	AnnounceStep             uint64 `json:"announce-step"`              // ms by which the pause grows
-	TLSCreds                 string `json:"tls-creds"`                  // directory with ca-cert.pem, {client,server}-{cert,key}.pem; "": no TLS
-	TLSHostname              string `json:"tls-hostname"`               // the name in the target's certificate, "": the address
+	TLSCreds                 string `json:"tls-creds"`                  // the credentials' name; what counts is Options.TLS
+	TLSHostname              string `json:"tls-hostname"`               // the name in the target's certificate: see wire.LoadTLS
 	TLSAuthz                 string `json:"tls-authz"`                  // not supported but empty
 	XBZRLECacheSize          uint64 `json:"xbzrle-cache-size"`          // kept, has no effect
 	MaxPostcopyBandwidth     uint64 `json:"max-postcopy-bandwidth"`     // kept, has no effect
@@ -54,12 +54,12 @@ func DefaultParams() Params {
 		ThrottleTriggerThreshold: 50, CPUThrottleInitial: 20, CPUThrottleIncrement: 10, MaxCPUThrottle: 99,
 		AnnounceInitial: 50, AnnounceMax: 550, AnnounceRounds: 5, AnnounceStep: 100,
 		XBZRLECacheSize: 64 << 20, VCPUDirtyLimit: 1, XVCPUDirtyLimitPeriod: 1000, XCheckpointDelay: 20000,
-		Mode: "normal", LimitAction: "cancel", StallTimeout: 10000,
+		Mode: "normal", LimitTime: 3600 * 1000, LimitAction: "cancel", StallTimeout: 10000,
 	}
 }
 
-// paramError is an error in QEMU's words, which begin with a capital.
-func paramError(format string, args ...any) error { return qemuError(fmt.Sprintf(format, args...)) }
+// qemuErrorf is an error in QEMU's words, which begin with a capital.
+func qemuErrorf(format string, args ...any) error { return qemuError(fmt.Sprintf(format, args...)) }
 
 type qemuError string
 
@@ -70,12 +70,12 @@ func (p *Params) Validate() error {
 	var errs []error
 	num := func(name string, v, low, high uint64, unit string) {
 		if v < low || v > high {
-			errs = append(errs, paramError("Parameter '%s' expects an integer in the range of %d to %d%s", name, low, high, unit))
+			errs = append(errs, qemuErrorf("Parameter '%s' expects an integer in the range of %d to %d%s", name, low, high, unit))
 		}
 	}
 	word := func(name, v string, values ...string) {
 		if !slices.Contains(values, v) {
-			errs = append(errs, paramError("Parameter '%s' does not accept value '%s'\nit is one of %s", name, v, strings.Join(values, ", ")))
+			errs = append(errs, qemuErrorf("Parameter '%s' does not accept value '%s'\nit is one of %s", name, v, strings.Join(values, ", ")))
 		}
 	}
 	num("max-bandwidth", p.MaxBandwidth, 0, 1<<63-1, " bytes/second")
@@ -167,9 +167,9 @@ func (c Capabilities) With(set []Capability) (Capabilities, error) {
 	for _, s := range set {
 		switch {
 		case !slices.Contains(capabilityNames, s.Name):
-			errs = append(errs, paramError("Parameter 'capability' does not accept value '%s'", s.Name))
+			errs = append(errs, qemuErrorf("Parameter 'capability' does not accept value '%s'", s.Name))
 		case s.State && !slices.Contains(supported, s.Name):
-			errs = append(errs, paramError(capabilityNotSupported, s.Name, strings.Join(supported, ", ")))
+			errs = append(errs, qemuErrorf(capabilityNotSupported, s.Name, strings.Join(supported, ", ")))
 		}
 		n[s.Name] = s.State
 	}

@@ -17,11 +17,11 @@ const (
 	SourceReserving               // waits until the target is ready, connects the channels
 	SourcePreparing               // the Preparers run
 	SourceSending                 // rounds over RAM while the guest runs
-	SourceHolding                 // pause-before-switchover: waits for Continue
-	SourceStopping                // pauses the guest, syncs the dirty bitmap for the last time
-	SourceFinishing               // sends the last pages and the sections
+	SourceStopping                // pauses the guest
+	SourceHolding                 // pause-before-switchover: waits for Continue, the guest is paused as in QEMU
+	SourceFinishing               // looks for dirty pages a last time, sends them and the sections
 	SourceLoading                 // waits until the target has loaded all of it
-	SourceReleasing               // gives the disks' locks up
+	SourceReleasing               // gives the disks' locks up; the last moment to cancel
 	SourceCommitting              // has sent the commit, waits for the answer
 	SourceAsking                  // has lost the connection since: asks on new ones
 	SourceUndoing                 // the guest goes on here; undoes what the Preparers did
@@ -39,7 +39,7 @@ const (
 	TargetReceiving                    // takes RAM
 	TargetLoading                      // loads the sections
 	TargetWaiting                      // all is loaded: waits for the commit
-	TargetDoubting                     // has lost the connection before the commit: waits to be asked
+	TargetDoubting                     // has not got the commit, or refused it, and the source may not know: waits to be asked
 	TargetCommitting                   // has the commit: takes the locks, starts the guest
 	TargetConfirming                   // the guest runs; makes sure that the source knows
 	TargetUndoing                      // undoes what the hooks did
@@ -62,8 +62,8 @@ var states = map[State]stateInfo{
 	SourceReserving:  {"source/reserving", StatusSetup, OwnerSource, false},
 	SourcePreparing:  {"source/preparing", StatusWaitUnplug, OwnerSource, false},
 	SourceSending:    {"source/sending", StatusActive, OwnerSource, false},
+	SourceStopping:   {"source/stopping", StatusActive, OwnerSource, false},
 	SourceHolding:    {"source/holding", StatusPreSwitchover, OwnerSource, false},
-	SourceStopping:   {"source/stopping", StatusDevice, OwnerSource, false},
 	SourceFinishing:  {"source/finishing", StatusDevice, OwnerSource, false},
 	SourceLoading:    {"source/loading", StatusDevice, OwnerSource, false},
 	SourceReleasing:  {"source/releasing", StatusDevice, OwnerSource, false},

@@ -116,11 +116,21 @@ func (b *Bitmap) moveTo(o *Bitmap) {
 
 // Runs iterates over the set in ascending order as runs of adjacent pages: guest-physical
 // address and length in bytes. A run does not cross regions.
-func (b *Bitmap) Runs() iter.Seq2[uint64, uint64] {
+func (b *Bitmap) Runs() iter.Seq2[uint64, uint64] { return b.RunsIn(0, ^uint64(0)) }
+
+// RunsIn iterates over those pages of the set that are in [base, base+size), as Runs does.
+func (b *Bitmap) RunsIn(base, size uint64) iter.Seq2[uint64, uint64] {
 	return func(yield func(gpa, n uint64) bool) {
 		for _, r := range b.regions {
-			for page := r.next(0, 0); page < r.count; {
-				end := r.next(page+1, ^uint64(0))
+			first, count := uint64(0), r.count
+			if base > r.gpa {
+				first = (base - r.gpa + PageSize - 1) / PageSize
+			}
+			if end := base + size; end >= base && end < r.gpa+count*PageSize {
+				count = (max(end, r.gpa) - r.gpa) / PageSize
+			}
+			for page := r.next(first, 0); page < count; {
+				end := min(r.next(page+1, ^uint64(0)), count)
 				if !yield(r.gpa+page*PageSize, (end-page)*PageSize) {
 					return
 				}

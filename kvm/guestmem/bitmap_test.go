@@ -76,6 +76,36 @@ func TestBitmap(t *testing.T) {
 	}
 }
 
+func TestBitmapRunsIn(t *testing.T) {
+	const p = PageSize
+	b := NewBitmap(bitmapMemory(t))
+	for _, r := range []Range{{0, 70 * p}, {100 * p, p}, {4 * gib, 3 * p}} {
+		b.Set(r.Base, r.Size)
+	}
+	for _, tt := range []struct {
+		base, size uint64
+		want       []Range
+	}{
+		{0, math.MaxUint64, []Range{{0, 70 * p}, {100 * p, p}, {4 * gib, 3 * p}}},
+		{0, 0, nil},
+		{0, p, []Range{{0, p}}},
+		{63 * p, 2 * p, []Range{{63 * p, 2 * p}}},
+		{65 * p, 64 * p, []Range{{65 * p, 5 * p}, {100 * p, p}}},
+		{101 * p, gib, nil},
+		{4*gib + p, p, []Range{{4*gib + p, p}}},
+		{4*gib + p, math.MaxUint64, []Range{{4*gib + p, 2 * p}}},
+		{8 * gib, math.MaxUint64, nil},
+	} {
+		var got []Range
+		for gpa, n := range b.RunsIn(tt.base, tt.size) {
+			got = append(got, Range{gpa, n})
+		}
+		if !slices.Equal(got, tt.want) {
+			t.Errorf("RunsIn(%#x, %#x): %v, want %v", tt.base, tt.size, got, tt.want)
+		}
+	}
+}
+
 func TestBitmapOr(t *testing.T) {
 	m := bitmapMemory(t)
 	a, b := NewBitmap(m), NewBitmap(m)

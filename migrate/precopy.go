@@ -1,0 +1,148 @@
+package migrate
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"baton/kvm/guestmem"
+	"baton/migrate/wire"
+)
+
+// sync adds to b what was written since the last time.
+func (s *Source) sync(b *guestmem.Bitmap) error {
+	for _, d := range s.watched {
+		if err := d.Sync(b); err != nil {
+			return fmt.Errorf("dirty pages: %w", err)
+		}
+	}
+	s.note(func(st *Stats) { st.RAM.DirtySync++ })
+	return nil
+}
+
+// round sends s.sending, or what of it can be sent until a time, if that is not zero, and waits
+// until the target has it all: what is on its way then is no part of the stop.
+func (s *Source) round(n int, until time.Time, rate func() uint64) (bytes uint64, busy time.Duration, err error) {
+	s.event(n, "")
+	if bytes, busy, err = s.senders.send(s.ctx, n, s.sending, until, rate); err != nil {
+		return 0, 0, s.lost(err)
+	}
+	begin := time.Now()
+	if s.ram[0] != s.main {
+		if err := s.main.Write(wire.TypeRound, wire.Round{Number: n}); err != nil {
+			return 0, 0, s.lost(err)
+		}
+	}
+	if !s.stream.OneWay {
+		a, err := s.expect(wire.TypeRound)
+		if err != nil {
+			return 0, 0, err
+		}
+		if a.round != n {
+			return 0, 0, fmt.Errorf("%w: round %d, not %d, from the target", wire.ErrCorrupt, a.round, n)
+		}
+	}
+	return bytes, busy + time.Since(begin), nil
+}
+
+// precopy goes over RAM, again and again, until the policy says that the rest is for the stop;
+// that is in s.sending then.
+func (s *Source) precopy() error {
+	s.enter(SourceSending)
+	mem := s.m.Memory()
+	senders, err := newSenders(mem, s.settings(), s.ram)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.senders = senders
+	s.mu.Unlock()
+	s.sending, s.dirty = guestmem.NewBitmap(mem), guestmem.NewBitmap(mem)
+	for _, d := range s.m.DirtySources() {
+		if err := d.Start(); err != nil {
+			return fmt.Errorf("dirty pages: %w", err)
+		}
+		s.watched = append(s.watched, d)
+	}
+	for _, r := range mem.Regions() {
+		s.sending.Set(r.GPA, r.Size)
+	}
+	begin := time.Now()
+	s.note(func(st *Stats) { st.RAM.DirtySync = 1 })
+	sample := Sample{AutoConverge: s.o.Capabilities.Has(CapAutoConverge)}
+	synced := begin
+	for n := 1; ; n++ {
+		start := time.Now()
+		until := time.Time{} // a round may take longer than is left of the limit
+		if limit := s.settings().LimitTime; limit > 0 {
+			until = begin.Add(time.Duration(limit) * time.Millisecond)
+		}
+		bytes, busy, err := s.round(n, until, func() uint64 { return s.settings().MaxBandwidth })
+		if err != nil {
+			return err
+		}
+		s.dirty.Clear()
+		if err := s.sync(s.dirty); err != nil {
+			return err
+		}
+		now := time.Now()
+		period := now.Sub(synced)
+		synced = now
+		got := s.dirty.Count() * guestmem.PageSize
+		senders.unsent(s.sending, s.dirty)
+		s.sending, s.dirty = s.dirty, s.sending
+
+		sample.Params = s.settings()
+		sample.Round, sample.Elapsed, sample.Sent = n, now.Sub(begin), bytes
+		sample.Remaining = s.sending.Count() * guestmem.PageSize
+		sample.DirtyRate = float64(got) / period.Seconds()
+		if bytes >= block || sample.Bandwidth == 0 { // else it is the overhead that was measured
+			sample.Bandwidth = float64(bytes) / busy.Seconds()
+		} else {
+			sample.Overhead = busy
+		}
+		if got > bytes/100*sample.Params.ThrottleTriggerThreshold {
+			sample.HighDirty++
+		}
+		d := s.o.Policy(sample)
+		senders.remaining.Store(int64(sample.Remaining))
+		s.note(func(st *Stats) {
+			st.ExpectedDowntime, st.Bandwidth, st.Throttle = d.ExpectedDowntime, sample.Bandwidth, d.Throttle
+			st.RAM.DirtyRate = uint64(sample.DirtyRate / guestmem.PageSize)
+		})
+		s.log("round %d: %s in %s (%s/s), then %s dirty (%s/s), stop would take %s: %s", n, size(float64(bytes)),
+			now.Sub(start).Round(time.Millisecond), size(sample.Bandwidth), size(float64(sample.Remaining)),
+			size(sample.DirtyRate), d.ExpectedDowntime.Round(time.Millisecond/10), orElse(d.Reason, "next round"))
+		if err := context.Cause(s.ctx); err != nil {
+			return err
+		}
+		switch d.Action {
+		case Switch:
+			return nil
+		case GiveUp:
+			return fmt.Errorf("%s", d.Reason)
+		}
+		if d.Throttle != sample.Throttle {
+			sample.Throttle, sample.HighDirty = d.Throttle, 0
+			s.m.Throttle(d.Throttle)
+		}
+	}
+}
+
+// size is a number of bytes for people.
+func size(n float64) string {
+	switch {
+	case n >= 1<<30:
+		return fmt.Sprintf("%.2f GiB", n/(1<<30))
+	case n >= 1<<20:
+		return fmt.Sprintf("%.1f MiB", n/(1<<20))
+	}
+	return fmt.Sprintf("%.0f KiB", n/(1<<10))
+}
+
+func orElse(s, other string) string {
+	if s == "" {
+		return other
+	}
+	return s
+}

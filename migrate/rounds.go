@@ -1,0 +1,172 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"baton/kvm/guestmem"
+	"baton/migrate/wire"
+)
+
+// block is what a sender takes at a time, in bytes: whole words of the bitmap.
+const block = 1 << 20
+
+// senders send the pages of one round after the other over all connections that carry RAM.
+type senders struct {
+	mem   *guestmem.Memory
+	conns []*wire.Conn
+	batch []*wire.Batch // one for each
+	limit limiter
+
+	blocks    uint64        // of all regions
+	next      atomic.Uint64 // block that no sender has taken
+	failed    atomic.Bool   // one of the senders has: take no more
+	remaining atomic.Int64  // bytes of the round that are not sent yet
+	normal    atomic.Uint64 // pages
+	zero      atomic.Uint64
+}
+
+func newSenders(m *guestmem.Memory, p Params, conns []*wire.Conn) (*senders, error) {
+	s := &senders{mem: m, conns: conns}
+	c, err := wire.ParseCompression(p.MultifdCompression)
+	if err != nil {
+		return nil, err
+	}
+	for range conns {
+		b, err := wire.NewBatch(m, c, int(p.MultifdZstdLevel), p.ZeroPageDetection != "none")
+		if err != nil {
+			return nil, err
+		}
+		s.batch = append(s.batch, b)
+	}
+	for _, r := range m.Regions() {
+		s.blocks += (r.Size + block - 1) / block
+	}
+	return s, nil
+}
+
+// at is where a block is in guest memory.
+func (s *senders) at(i uint64) (gpa, size uint64) {
+	for _, r := range s.mem.Regions() {
+		n := (r.Size + block - 1) / block
+		if i < n {
+			return r.GPA + i*block, min(block, r.Size-i*block)
+		}
+		i -= n
+	}
+	return 0, 0
+}
+
+// send sends the pages of a set as round n, until a time if that is not zero. Rate is the limit in bytes per second, 0 for none. It
+// returns the bytes of guest memory that went over the wire as pages, and the part of the time
+// in which the limit did not make it wait.
+func (s *senders) send(ctx context.Context, n int, pages *guestmem.Bitmap, until time.Time, rate func() uint64) (bytes uint64, busy time.Duration, err error) {
+	s.next.Store(0)
+	s.failed.Store(false)
+	s.remaining.Store(int64(pages.Count() * guestmem.PageSize))
+	begin, normal := time.Now(), s.normal.Load()
+	waited := s.limit.waited.Load()
+	errs := make([]error, len(s.conns))
+	var wg sync.WaitGroup
+	for i := range s.conns {
+		wg.Go(func() {
+			if errs[i] = s.worker(ctx, s.conns[i], s.batch[i], pages, until, rate); errs[i] == nil {
+				errs[i] = s.conns[i].Write(wire.TypeRound, wire.Round{Number: n})
+			}
+			if errs[i] != nil {
+				s.failed.Store(true)
+			}
+		})
+	}
+	wg.Wait()
+	busy = time.Since(begin) - time.Duration(s.limit.waited.Load()-waited)/time.Duration(len(s.conns))
+	return (s.normal.Load() - normal) * guestmem.PageSize, max(busy, time.Microsecond), errors.Join(errs...)
+}
+
+// worker sends blocks until there is none.
+func (s *senders) worker(ctx context.Context, c *wire.Conn, b *wire.Batch, pages *guestmem.Bitmap, until time.Time, rate func() uint64) error {
+	flush := func() error {
+		normal, zero := b.Pages()
+		before := c.Sent()
+		if err := b.Send(c); err != nil {
+			return err
+		}
+		s.normal.Add(normal)
+		s.zero.Add(zero)
+		s.remaining.Add(-int64((normal + zero) * guestmem.PageSize))
+		return s.limit.wait(ctx, c.Sent()-before, rate())
+	}
+	for !s.failed.Load() && (until.IsZero() || time.Now().Before(until)) {
+		i := s.next.Add(1) - 1
+		if i >= s.blocks {
+			break
+		}
+		for gpa, n := range pages.RunsIn(s.at(i)) {
+			for n > 0 {
+				took, err := b.Add(gpa, n)
+				if err != nil {
+					return err
+				}
+				gpa, n = gpa+took, n-took
+				if n > 0 || b.Full() {
+					if err := flush(); err != nil {
+						return err
+					}
+				}
+			}
+		}
+		if err := ctx.Err(); err != nil {
+			return context.Cause(ctx)
+		}
+	}
+	return flush()
+}
+
+// unsent adds to b what the round that was cut short has left.
+func (s *senders) unsent(pages, b *guestmem.Bitmap) {
+	for i := s.next.Load(); i < s.blocks; i++ {
+		for gpa, n := range pages.RunsIn(s.at(i)) {
+			b.Set(gpa, n)
+		}
+	}
+}
+
+// limiter spaces what is sent.
+type limiter struct {
+	mu     sync.Mutex
+	next   time.Time
+	waited atomic.Int64 // nanoseconds, of all senders together
+}
+
+// slack is how far one may be behind and catch up.
+const slack = 20 * time.Millisecond
+
+// wait returns when n more bytes may follow those that were sent.
+func (l *limiter) wait(ctx context.Context, n, rate uint64) error {
+	if rate == 0 || n == 0 {
+		return nil
+	}
+	l.mu.Lock()
+	now := time.Now()
+	if early := now.Add(-slack); l.next.Before(early) {
+		l.next = early
+	}
+	l.next = l.next.Add(time.Duration(float64(n) / float64(rate) * float64(time.Second)))
+	d := l.next.Sub(now)
+	l.mu.Unlock()
+	if d <= 0 {
+		return nil
+	}
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		l.waited.Add(int64(time.Since(now)))
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}

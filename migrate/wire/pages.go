@@ -1,0 +1,328 @@
+package wire
+
+import (
+	"bytes"
+	"fmt"
+	"hash/crc32"
+	"io"
+
+	"github.com/klauspost/compress/s2"
+	"github.com/klauspost/compress/zstd"
+
+	"baton/kvm/guestmem"
+)
+
+// A batch is the payload of a Pages frame: this head, runs, the data of those that have some, in
+// their order, compressed as one.
+//
+//	head  u16 runs, u8 compression, u8 0, u32 bytes of data before compression
+//	run   u64 guest-physical address, u32 pages, u32 kind
+const (
+	batchSize = 8
+	runSize   = 16
+	maxRuns   = 1024
+	// MaxBatch is the most guest memory in bytes that a batch brings, without zero pages.
+	MaxBatch = 256 << 10
+
+	kindData, kindZero = 0, 1
+	pageSize           = guestmem.PageSize
+)
+
+// Compression of a batch.
+type Compression uint8
+
+// Compressions.
+const (
+	None Compression = iota
+	Zstd
+	S2
+)
+
+var compressions = []string{"none", "zstd", "s2"}
+
+// ParseCompression knows none, zstd and s2.
+func ParseCompression(name string) (Compression, error) {
+	for i, n := range compressions {
+		if n == name {
+			return Compression(i), nil
+		}
+	}
+	return None, fmt.Errorf("compression %s: not none, zstd or s2", name)
+}
+
+var zeros [pageSize]byte
+
+// Batch collects pages for one frame. It is for one goroutine.
+type Batch struct {
+	mem         *guestmem.Memory
+	compression Compression
+	zeroPages   bool // look for them
+	zstd        *zstd.Encoder
+
+	runs    []byte // encoded
+	data    []byte
+	out     []byte
+	pages   uint64 // in data
+	nzero   uint64 // zero pages
+	nextGPA uint64 // of the last run, and its kind, so that it can grow
+	kind    uint32
+}
+
+// NewBatch makes one that reads m. Level is zstd's, 0 to 20. ZeroPages says whether pages are
+// looked at to leave those of zeros out.
+func NewBatch(m *guestmem.Memory, c Compression, level int, zeroPages bool) (*Batch, error) {
+	b := &Batch{mem: m, compression: c, zeroPages: zeroPages, data: make([]byte, 0, MaxBatch),
+		out: make([]byte, 0, headerSize+maxPages)}
+	if c == Zstd {
+		var err error
+		b.zstd, err = zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.EncoderLevelFromZstd(level)), zstd.WithEncoderCRC(false))
+		if err != nil {
+			return nil, err
+		}
+	}
+	return b, nil
+}
+
+// Add copies pages of the n bytes at gpa, whole pages of one region, until the batch is full,
+// and returns how many bytes it took. The guest may write meanwhile.
+func (b *Batch) Add(gpa, n uint64) (uint64, error) {
+	window, err := b.mem.Bytes(gpa, n)
+	if err != nil {
+		return 0, err
+	}
+	done := uint64(0)
+	for done < n {
+		rest := window[done:]
+		same := 0 // pages of the same kind
+		zero := b.zeroPages && bytes.Equal(rest[:pageSize], zeros[:])
+		room := len(rest)
+		if !zero {
+			room = min(room, MaxBatch-len(b.data))
+		}
+		for same += pageSize; same < room && (b.zeroPages && bytes.Equal(rest[same:same+pageSize], zeros[:])) == zero; {
+			same += pageSize
+		}
+		kind := uint32(kindData)
+		if zero {
+			kind = kindZero
+		}
+		if same > room || !b.run(gpa+done, uint64(same), kind) {
+			return done, nil
+		}
+		if zero {
+			b.nzero += uint64(same / pageSize)
+		} else {
+			b.data = append(b.data, rest[:same]...)
+			b.pages += uint64(same / pageSize)
+		}
+		done += uint64(same)
+	}
+	return done, nil
+}
+
+// run adds a run, or makes the last one longer, if there is room.
+func (b *Batch) run(gpa, n uint64, kind uint32) bool {
+	if last := len(b.runs) - runSize; last >= 0 && b.nextGPA == gpa && b.kind == kind {
+		le.PutUint32(b.runs[last+8:], le.Uint32(b.runs[last+8:])+uint32(n/pageSize))
+	} else if len(b.runs) == maxRuns*runSize {
+		return false
+	} else {
+		b.runs = le.AppendUint64(b.runs, gpa)
+		b.runs = le.AppendUint32(b.runs, uint32(n/pageSize))
+		b.runs = le.AppendUint32(b.runs, kind)
+	}
+	b.nextGPA, b.kind = gpa+n, kind
+	return true
+}
+
+// Full says that there is hardly room for more.
+func (b *Batch) Full() bool { return len(b.data) >= MaxBatch || len(b.runs) >= maxRuns*runSize }
+
+// Pages are those with data and those of zeros that are in the batch.
+func (b *Batch) Pages() (normal, zero uint64) { return b.pages, b.nzero }
+
+// Send writes the batch as a frame, if there is something in it, and empties it.
+func (b *Batch) Send(c *Conn) error {
+	if len(b.runs) == 0 {
+		return nil
+	}
+	out := append(b.out[:headerSize], 0, 0, 0, 0, 0, 0, 0, 0)
+	head := out[headerSize:]
+	le.PutUint16(head, uint16(len(b.runs)/runSize))
+	le.PutUint32(head[4:], uint32(len(b.data)))
+	out = append(out, b.runs...)
+	start := len(out)
+	switch {
+	case len(b.data) == 0 || b.compression == None:
+	case b.compression == Zstd:
+		out = b.zstd.EncodeAll(b.data, out)
+	case b.compression == S2:
+		// Encode needs room for the worst case.
+		out = append(out, s2.Encode(out[start:cap(out)], b.data)...)
+	}
+	if n := len(out) - start; n > 0 && n < len(b.data) {
+		head[2] = byte(b.compression)
+	} else {
+		out = append(out[:start], b.data...)
+	}
+	payload := out[headerSize:]
+	Header{TypePages, uint32(len(payload)), crc32.Checksum(payload, castagnoli)}.put(out)
+	b.runs, b.data, b.pages, b.nzero = b.runs[:0], b.data[:0], 0, 0
+	return c.writeAll(out)
+}
+
+// decoders of a connection, made when they are needed.
+type decoders struct {
+	zstd *zstd.Decoder
+	in   []byte
+	runs []byte
+}
+
+// Sink is where pages go: guest memory, and what of it has been written. Several
+// connections may have the same one.
+type Sink struct {
+	Memory *guestmem.Memory
+	// Written are pages that were received at least once: those that need not be zero.
+	Written *guestmem.Bitmap
+	// Prepare, if not nil, is called before a window of guest memory is written to.
+	Prepare func(window []byte)
+}
+
+// window is where a run goes, if it is RAM.
+func (s *Sink) window(run []byte) (gpa uint64, b []byte, zero bool, err error) {
+	gpa, n, kind := le.Uint64(run), uint64(le.Uint32(run[8:]))*pageSize, le.Uint32(run[12:])
+	if gpa%pageSize != 0 || n == 0 || kind > kindZero {
+		return 0, nil, false, corrupt("run of %d bytes at %#x of kind %d", n, gpa, kind)
+	}
+	b, err = s.Memory.Bytes(gpa, n)
+	if err != nil {
+		return 0, nil, false, corrupt("pages that are not RAM: %v", err)
+	}
+	return gpa, b, kind == kindZero, nil
+}
+
+// clear makes a run zero; what was never written is.
+func (s *Sink) clear(gpa uint64, b []byte) {
+	for off := uint64(0); off < uint64(len(b)); off += pageSize {
+		if s.Written.Test(gpa + off) {
+			clear(b[off : off+pageSize])
+		}
+	}
+}
+
+// direct is the number of runs up to which data is read straight into guest memory: each is at
+// least one system call.
+const direct = 16
+
+// ReadPages reads the payload of a Pages frame into guest memory. It returns the number of
+// pages with data and of zero pages. After an error, guest memory is of no use.
+func (c *Conn) ReadPages(h Header, s *Sink) (normal, zero uint64, err error) {
+	if h.Length < batchSize+runSize {
+		return 0, 0, corrupt("pages frame of %d bytes", h.Length)
+	}
+	var head [batchSize]byte
+	if err := c.readFull(head[:]); err != nil {
+		return 0, 0, noEOF(err)
+	}
+	n, compression, raw := int(le.Uint16(head[:])), Compression(head[2]), le.Uint32(head[4:])
+	packed := int(h.Length) - batchSize - n*runSize
+	switch {
+	case n == 0 || n > maxRuns || raw > MaxBatch || packed < 0 || int(compression) >= len(compressions) || head[3] != 0:
+		return 0, 0, corrupt("batch of %d runs, %d bytes, compression %d", n, raw, compression)
+	case compression == None && packed != int(raw):
+		return 0, 0, corrupt("batch of %d bytes in %d", raw, packed)
+	}
+	c.unpack.runs = grow(c.unpack.runs, n*runSize)
+	if err := c.readFull(c.unpack.runs); err != nil {
+		return 0, 0, noEOF(err)
+	}
+	crc := crc32.Update(crc32.Checksum(head[:], castagnoli), castagnoli, c.unpack.runs)
+
+	// Look at all runs before any is written.
+	sum, filled := uint64(0), 0
+	for run := c.unpack.runs; len(run) > 0; run = run[runSize:] {
+		_, b, isZero, err := s.window(run)
+		switch {
+		case err != nil:
+			return 0, 0, err
+		case isZero:
+			zero += uint64(len(b) / pageSize)
+		default:
+			sum += uint64(len(b))
+			filled++
+		}
+	}
+	if sum != uint64(raw) {
+		return 0, 0, corrupt("runs of %d bytes with %d bytes of data", sum, raw)
+	}
+	data := []byte(nil) // what is not read straight
+	if compression != None || filled > direct {
+		c.unpack.in = grow(c.unpack.in, packed)
+		if err := c.readFull(c.unpack.in); err != nil {
+			return 0, 0, noEOF(err)
+		}
+		if crc = crc32.Update(crc, castagnoli, c.unpack.in); crc != h.crc {
+			return 0, 0, corrupt("checksum of a pages frame")
+		}
+		if data, err = c.decompress(compression, int(raw)); err != nil {
+			return 0, 0, err
+		}
+	}
+	for run := c.unpack.runs; len(run) > 0; run = run[runSize:] {
+		gpa, b, isZero, _ := s.window(run)
+		if isZero {
+			s.clear(gpa, b)
+			continue
+		}
+		if s.Prepare != nil {
+			s.Prepare(b)
+		}
+		s.Written.Set(gpa, uint64(len(b)))
+		if data != nil {
+			data = data[copy(b, data):]
+			continue
+		}
+		if _, err := io.ReadFull(c, b); err != nil {
+			return 0, 0, noEOF(err)
+		}
+		crc = crc32.Update(crc, castagnoli, b)
+	}
+	if crc != h.crc {
+		return 0, 0, corrupt("checksum of a pages frame")
+	}
+	return sum / pageSize, zero, nil
+}
+
+// decompress returns the batch's data, of exactly n bytes, valid until the next one.
+func (c *Conn) decompress(how Compression, n int) ([]byte, error) {
+	var err error
+	out := []byte(nil)
+	switch c.scratch = grow(c.scratch, MaxBatch); how {
+	case None:
+		return c.unpack.in, nil
+	case S2:
+		if got, err := s2.DecodedLen(c.unpack.in); err != nil || got != n {
+			return nil, corrupt("s2 data of %d bytes, want %d (%v)", got, n, err)
+		}
+		out, err = s2.Decode(c.scratch[:n], c.unpack.in)
+	case Zstd:
+		if c.unpack.zstd == nil {
+			c.unpack.zstd, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(MaxBatch), zstd.WithDecoderMaxWindow(8<<20))
+			if err != nil {
+				return nil, err
+			}
+		}
+		out, err = c.unpack.zstd.DecodeAll(c.unpack.in, c.scratch[:0])
+	}
+	if err != nil || len(out) != n {
+		return nil, corrupt("%s data of %d bytes, want %d (%v)", compressions[how], len(out), n, err)
+	}
+	return out, nil
+}
+
+func grow(b []byte, n int) []byte {
+	if cap(b) < n {
+		b = make([]byte, n)
+	}
+	return b[:n]
+}
