@@ -46,7 +46,7 @@ func TestLinux(t *testing.T) {
 func measureLinux(t *testing.T, c contender, disk string) {
 	scrub(t)
 	g := harness.Start(t, harness.GuestConfig{VMM: c.vmm, Args: append(c.args[:len(c.args):len(c.args)],
-		"-m", fmt.Sprint(guestMiB), "-smp", "1",
+		"-m", fmt.Sprint(guestMiB), "-smp", "1", "-no-reboot", // one that is reset has failed
 		"-kernel", harness.Image(t, "vmlinuz"), "-initrd", harness.Image(t, "test.cpio"), "-append", cmdline,
 		"-drive", "file="+disk+",format=raw,if=none,id=d0,cache=writeback", "-device", "virtio-blk-pci,drive=d0",
 		"-netdev", "tap,id=n0,ifname="+tapName+",script=no,downscript=no,vhost=on", "-device", "virtio-net-pci,netdev=n0,mac="+guestMAC,

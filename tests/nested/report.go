@@ -42,8 +42,11 @@ type report struct {
 type tally struct {
 	passed, failed, packages int
 	broken                   int // packages that failed without a failed test
-	restarts                 int // nested hosts that ended by themselves
+	restarts                 int // suites that had to be started again, for the emulator's sake
 }
+
+// worse says whether something has failed since before.
+func (t tally) worse(before tally) bool { return t.failed > before.failed || t.broken > before.broken }
 
 type testID struct{ pkg, test string }
 
@@ -86,7 +89,7 @@ func (r *report) counts() tally {
 	return r.tally
 }
 
-// rewind forgets what a nested host said that then ended by itself.
+// rewind forgets what a suite said that is started again.
 func (r *report) rewind(to tally) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -223,7 +226,7 @@ func (r *report) String() string {
 		s += fmt.Sprintf(", %d skipped", len(r.skips))
 	}
 	if r.restarts > 0 {
-		s += fmt.Sprintf(", %d nested hosts ended by themselves", r.restarts)
+		s += fmt.Sprintf(", %d suites started again after a fault of the emulator", r.restarts)
 	}
 	return s
 }

@@ -390,7 +390,8 @@ func TestTripleFault(t *testing.T) {
 	repackLZ4(t, kernel)
 	args := harness.Linux(t, "reboot=t")
 	args[slices.Index(args, "-kernel")+1] = kernel
-	g := start(t, append(args, "-no-reboot", "-m", "256M")...)
+	g := harness.Start(t, harness.GuestConfig{Args: append(args, "-no-reboot", "-m", "256M"), TripleFault: true})
+	g.Output(harness.Context(t, bootLimit), "true")
 	g.Output(harness.Context(t, limit), "@reboot")
 	ends(t, g, "guest-reset")
 	report := `(?m)guest triple fault\n  cpu 0: triple fault\n(  KVM on AMD has reset this vCPU: its registers are lost|  rip 0x[0-9a-f]+ [^#]*^  at rip: .*int3)$`
