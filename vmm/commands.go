@@ -23,6 +23,8 @@ var eventTypes = []qmp.EventType{
 	{Name: "FAILOVER_SWITCHED", Data: switched{}},
 	{Name: "GUEST_CRASHED", Data: crashData{}},
 	{Name: "GUEST_PANICKED", Data: panicData{}},
+	{Name: "MIGRATION", Data: migrationData{}},
+	{Name: "MIGRATION_PASS", Data: passData{}},
 	{Name: "NIC_RX_FILTER_CHANGED", Data: filterEvent{}},
 	{Name: "POWERDOWN"},
 	{Name: "RESET", Data: shutdownData{}},
@@ -39,7 +41,7 @@ func do(name string, f func()) qmp.Command {
 // commands are all commands of QMP that the machine has. They run in the main loop, so that
 // each sees and leaves a machine that does not change meanwhile. Ctx ends what takes long.
 func (m *Machine) commands(ctx context.Context) []qmp.Command {
-	return slices.Concat(m.queries(), m.pciCommands(), m.netCommands(ctx), m.failoverCommands(), m.fileCommands(), m.slotCommands(), []qmp.Command{
+	return slices.Concat(m.queries(), m.pciCommands(), m.netCommands(ctx), m.failoverCommands(), m.fileCommands(), m.slotCommands(), m.migrationCommands(), []qmp.Command{
 		do("quit", func() { m.end("host-qmp-quit") }),
 		do("stop", func() {
 			switch m.State() {
@@ -61,9 +63,14 @@ func (m *Machine) cont() error {
 	case StateRunning:
 	case StateInMigrate:
 		m.cfg.Paused = false // once the guest is there
+	case StateFinishMigrate:
+		return qmp.Errorf(qmp.GenericError, "Migration is not finalized yet")
 	case StateInternalError, StateShutdown:
 		return qmp.Errorf(qmp.GenericError, "Resetting the Virtual Machine is required")
 	default:
+		if err := m.takeBack(); err != nil {
+			return err
+		}
 		m.resume()
 	}
 	return nil
@@ -109,7 +116,6 @@ func (m *Machine) queries() []qmp.Command {
 		qmp.Query("query-cpus-fast", m.cpus),
 		qmp.Query("query-block", m.disks),
 		qmp.Query("query-chardev", m.chardevInfos),
-		qmp.Query("query-migrate", func() qmp.None { return qmp.None{} }), // as before the first one
 	}
 }
 

@@ -134,6 +134,8 @@ func (m *Machine) deviceAdd(a deviceAddArgs) error {
 		return qmp.Errorf(qmp.GenericError, "Bus '%s' does not support hotplugging", RootBus)
 	case !d.on(busPCI):
 		return qmp.Errorf(qmp.GenericError, "Device '%s' does not support hotplugging", d.Driver)
+	case m.migrating():
+		return qmp.Errorf(qmp.GenericError, "device_add not allowed while migrating")
 	}
 	if d.Given(pairID) {
 		if err := d.checkPrimary(); err != nil {
@@ -164,6 +166,9 @@ func (m *Machine) deviceDel(a deviceDelArgs) error {
 	d := m.qomDevice(a.ID)
 	if d != nil && d.unplug != nil && d.unplug.del && (mode == pci.Cooperative || d.unplug.mode == pci.Surprise) {
 		return inProcess(d)
+	}
+	if d != nil && m.migrating() {
+		return qmp.Errorf(qmp.GenericError, "device_del not allowed while migrating")
 	}
 	again := d != nil && d.unplug != nil && d.unplug.del
 	err := m.unplug(a.ID, mode, deadline, func(err error) {

@@ -18,6 +18,7 @@ import (
 	"baton/devices/pci"
 	"baton/kvm"
 	"baton/kvm/guestmem"
+	"baton/migrate"
 )
 
 // Machine is one virtual machine and all that it holds of the host.
@@ -44,6 +45,7 @@ type Machine struct {
 	loaded *boot.Entry // the kernel is in RAM and has not run
 
 	gate     *gate
+	throttle throttle
 	requests chan request
 	control
 
@@ -60,7 +62,13 @@ func New(ctx context.Context, cfg *Config, log *slog.Logger) (_ *Machine, err er
 		cfg: cfg, log: log, events: NewEventBus(), state: StatePrelaunch,
 		ports: devices.NewBus(), mmio: devices.NewBus(),
 		gate: newGate(cfg.SMP), requests: make(chan request, 1),
-		control: control{calls: make(chan func()), ended: make(chan struct{}), posts: posts{wake: make(chan struct{}, 1)}},
+		control: control{
+			calls: make(chan func()), ended: make(chan struct{}), posts: posts{wake: make(chan struct{}, 1)},
+			migration: migration{params: migrate.DefaultParams(), capabilities: migrate.Capabilities{}},
+		},
+	}
+	if cfg.Incoming != "" {
+		m.state = StateInMigrate
 	}
 	if cfg.Incoming != "" {
 		m.state = StateInMigrate
@@ -89,6 +97,7 @@ func New(ctx context.Context, cfg *Config, log *slog.Logger) (_ *Machine, err er
 	if err := m.buildVCPUs(sys); err != nil {
 		return nil, err
 	}
+	m.migration.cpu = m.cpuFacts()
 	return m, nil
 }
 
@@ -262,7 +271,7 @@ func (m *Machine) resetDevices() error {
 
 // firstLoad does what loadKernel does, for the next one, too.
 func (m *Machine) firstLoad() error {
-	if m.cfg.Incoming != "" {
+	if m.State() == StateInMigrate {
 		return nil // RAM comes as it is
 	}
 	entry, err := m.loadKernel()

@@ -59,15 +59,16 @@ type control struct {
 	quit  string        // reason to end, if there is one; the loop's own
 	fault error         // the same, for what Run is to return
 
-	monitors []monitor
-	shared   *char.Monitor // on the serial port's terminal, may be nil
-	devices  []*device
-	runs     context.Context // Run's
-	nics     nics
-	files    map[string]*os.File // of getfd, by name
-	pairs    []*failoverPair
-	closing  sync.WaitGroup // devices that are being closed
-	boots    atomic.Uint64  // how often the guest was started
+	monitors  []monitor
+	shared    *char.Monitor // on the serial port's terminal, may be nil
+	devices   []*device
+	runs      context.Context // Run's
+	nics      nics
+	migration migration
+	files     map[string]*os.File // of getfd, by name
+	pairs     []*failoverPair
+	closing   sync.WaitGroup // devices that are being closed
+	boots     atomic.Uint64  // how often the guest was started
 	posts
 }
 
@@ -180,6 +181,7 @@ func (m *Machine) Run(ctx context.Context) error {
 			<-done
 		}
 	}()
+	defer m.abandonMigration()
 	m.stopVCPUs() // which waits for all of them to be there
 	if err := m.begin(ctx); err != nil {
 		return err
@@ -218,7 +220,7 @@ func (m *Machine) Run(ctx context.Context) error {
 
 // begin starts the guest, or gets ready for one that comes.
 func (m *Machine) begin(ctx context.Context) error {
-	if m.cfg.Incoming != "" {
+	if m.State() == StateInMigrate {
 		return m.beginIncoming(ctx)
 	}
 	if err := m.restart(); err != nil {
@@ -234,13 +236,17 @@ func (m *Machine) begin(ctx context.Context) error {
 // vCPU has asked for happens before a call could let it run on.
 func (m *Machine) next(ctx context.Context) request {
 	for m.quit == "" && m.fault == nil {
+		requests := m.requests
+		if m.State() == StateFinishMigrate {
+			requests = nil // until it is known where the guest is
+		}
 		select {
-		case r := <-m.requests:
+		case r := <-requests:
 			return r
 		default:
 		}
 		select {
-		case r := <-m.requests:
+		case r := <-requests:
 			return r
 		case f := <-m.calls:
 			f()
@@ -313,7 +319,10 @@ func (m *Machine) stop(s State) {
 
 // reset restarts the guest. One that did not run does not run afterwards either.
 func (m *Machine) reset(reason string) {
-	if m.State() == StateInMigrate { // there is nobody yet who could tell
+	switch m.State() {
+	case StateFinishMigrate:
+		return // the guest is not ours to reset, for the moment
+	case StateInMigrate: // there is nobody yet who could tell
 		m.events.Publish("RESET", shutdownData{guestAsked(reason), reason})
 		return
 	}

@@ -177,7 +177,7 @@ func (m *Machine) plugDevice(d Device) error {
 		m.addStandby(dev.Device)
 		m.attachStandby(dev)
 	}
-	return nil
+	return m.join(dev.fn)
 }
 
 // plugIn plugs a device that there is into the slot of its bus.
@@ -186,7 +186,7 @@ func (m *Machine) plugIn(d *device) error {
 	if err := slot.Plug(d.fn); err != nil {
 		return err
 	}
-	if m.State() == StatePrelaunch {
+	if s := m.State(); s == StatePrelaunch || s == StateInMigrate {
 		slot.Settle()
 	}
 	return nil

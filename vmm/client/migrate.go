@@ -29,7 +29,6 @@ type migration struct {
 	Total    int64  `json:"total-time"` // ms
 	Expected *int64 `json:"expected-downtime"`
 	Downtime *int64
-	Unplug   string `json:"x-unplug"` // what wait-unplug waits for
 	RAM      *struct {
 		Total, Remaining, Transferred int64 // bytes
 		DirtyRate                     int64 `json:"dirty-pages-rate"` // pages per second
@@ -37,7 +36,7 @@ type migration struct {
 		Passes                        int64 `json:"dirty-sync-count"`
 		Mbps                          float64
 	}
-	Parts map[string]any `json:"x-downtime"` // of the downtime, in ms
+	Parts map[string]int64 `json:"x-downtime"` // of the downtime, in microseconds
 }
 
 // Migrate moves the guest of the machine at socket to uri, and shows how far it is. Settings
@@ -162,9 +161,6 @@ func number(value string) any {
 // line is the progress.
 func (m *migration) line() string {
 	words := []string{m.Status}
-	if m.Unplug != "" {
-		words = append(words, m.Unplug)
-	}
 	if r := m.RAM; r != nil {
 		words = append(words, fmt.Sprintf("%3.0f MB/s", r.Mbps/8), size(r.Transferred)+" sent", size(r.Remaining)+" remaining", size(r.DirtyRate*r.PageSize)+"/s dirtied")
 		if m.Expected != nil {
@@ -188,6 +184,15 @@ func (m *migration) summary(out io.Writer) error {
 	}
 	if m.Downtime != nil {
 		text += fmt.Sprintf(", downtime %d ms", *m.Downtime)
+	}
+	var parts []string
+	for _, name := range []string{"pause", "sync", "ram", "save", "load", "release", "commit"} {
+		if us, ok := m.Parts[name]; ok {
+			parts = append(parts, fmt.Sprintf("%s %.1f", name, float64(us)/1000))
+		}
+	}
+	if parts != nil {
+		text += " (" + strings.Join(parts, ", ") + ")"
 	}
 	_, err := fmt.Fprintln(out, text)
 	return err

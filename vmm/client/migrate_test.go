@@ -41,9 +41,9 @@ func TestMigrate(t *testing.T) {
 		terminal  bool
 		out, fail string
 	}{
-		"completed": {[]string{`{"return":{"status":"setup"}}`, active, `{"return":{"status":"completed","total-time":2345,"downtime":12,
+		"completed": {[]string{`{"return":{"status":"setup"}}`, active, `{"return":{"status":"completed","total-time":2345,"downtime":12,"x-downtime":{"pause":1234,"ram":10000,"commit":50},
 			"ram":{"total":268435456,"transferred":115343360,"dirty-sync-count":3}}}`}, false,
-			"setup, 0.0 s\ncompleted in 2.3 s, 110 MiB sent for 256 MiB in 3 passes, downtime 12 ms\n", ""},
+			"setup, 0.0 s\ncompleted in 2.3 s, 110 MiB sent for 256 MiB in 3 passes, downtime 12 ms (pause 1.2, ram 10.0, commit 0.1)\n", ""},
 		"terminal": {[]string{active, `{"return":{"status":"completed","total-time":2345}}`}, true,
 			"\r\x1b[K" + line + "\r\x1b[Kcompleted in 2.3 s\n", ""},
 		"failed": {[]string{active, `{"return":{"status":"failed","error-desc":"it rains"}}`}, false, line + "\n", "migration failed: it rains"},

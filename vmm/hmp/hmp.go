@@ -63,8 +63,8 @@ func New(c Config) *Monitor {
 	for _, v := range c.Views {
 		m.infos = append(m.infos, command{name: v.Name, help: v.Help, run: func(*Monitor, []string) (string, error) { return v.Text(), nil }})
 	}
-	add(&m.infos, infos)
-	add(&m.commands, commands())
+	add(&m.infos, slices.Concat(infos, migrationInfos))
+	add(&m.commands, slices.Concat(commands(), migration()))
 	return m
 }
 
