@@ -1,0 +1,113 @@
+package bench
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"baton/tests/harness"
+)
+
+// migrateRuns is how often each VMM moves each guest.
+const migrateRuns = 3
+
+// TestMigrate measures moves of a guest between two processes of a VMM, by TCP over the loopback
+// interface, with a peer that sends it a ping every millisecond.
+func TestMigrate(t *testing.T) {
+	peer := harness.NewVethPeer(t, hostAddr+"/24")
+	harness.Tap(t, tapName, 1)
+	harness.Tap(t, tapName+"b", 1)
+	harness.Bridge(t, "wire", peer.Uplink, tapName, tapName+"b")
+	harness.Up(t, "lo")
+	results.notef("migration: 1 vCPU, tcp over lo, no limit of bandwidth, downtime-limit 300 ms; the stop is the longest time without an answer to a ping at 1 ms")
+	for _, s := range []struct {
+		name       string
+		mib, dirty int
+	}{
+		{"idle 256 MiB", 256, 0},
+		{"idle 1 GiB", 1024, 0},
+		{"256 MiB, 50 MiB/s dirtied", 256, 50},
+	} {
+		for i := range migrateRuns {
+			for _, c := range contenders(t, "host") {
+				t.Run(fmt.Sprintf("%s/%s/%d", s.name, c.name, i+1), func(t *testing.T) { measureMigration(t, c, peer, s.name, s.mib, s.dirty) })
+			}
+		}
+	}
+}
+
+// migration is query-migrate.
+type migration struct {
+	Status string
+	Error  string  `json:"error-desc"`
+	Total  float64 `json:"total-time"` // ms
+	Down   float64 `json:"downtime"`
+	RAM    struct {
+		Transferred float64 // bytes
+		DirtySyncs  float64 `json:"dirty-sync-count"`
+	}
+}
+
+func measureMigration(t *testing.T, c contender, peer *harness.Peer, name string, mib, dirty int) {
+	dir, err := os.MkdirTemp("", "bench") // short enough for a socket
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	start := func(name, tap string, more ...string) (*harness.Guest, *harness.QMP) {
+		socket := filepath.Join(dir, name)
+		args := append(c.args[:len(c.args):len(c.args)], "-m", fmt.Sprint(mib), "-smp", "1", "-qmp", "unix:"+socket+",server=on,wait=off",
+			"-kernel", harness.Image(t, "vmlinuz"), "-initrd", harness.Image(t, "test.cpio"), "-append", cmdline,
+			"-netdev", "tap,id=n0,ifname="+tap+",script=no,downscript=no,vhost=on", "-device", "virtio-net-pci,netdev=n0,mac="+guestMAC)
+		g := harness.Start(t, harness.GuestConfig{Name: name, VMM: c.vmm, Args: append(args, more...)})
+		q := harness.DialQMP(t, harness.Context(t, 3*time.Minute), socket)
+		q.Do("migrate-set-capabilities", map[string]any{"capabilities": []any{map[string]any{"capability": "events", "state": true}}})
+		q.Do("migrate-set-parameters", map[string]any{"max-bandwidth": 100 << 30})
+		return g, q
+	}
+	source, from := start("source", tapName)
+	ctx := harness.Context(t, 3*time.Minute)
+	source.Output(ctx, "@addr", guestMAC, guestAddr+"/24")
+	if dirty > 0 {
+		source.Output(ctx, "@stamp", "64", fmt.Sprint(dirty))
+	}
+	peer.Ping(ctx, guestAddr)
+	there, to := start("target", tapName+"b", "-incoming", "defer")
+	const uri = "tcp:127.0.0.1:4499"
+	to.Do("migrate-incoming", map[string]any{"uri": uri})
+	var before, after struct{ Writes float64 }
+	if dirty > 0 {
+		decode(t, source.Output(ctx, "@stamp-check"), &before)
+	}
+	began := time.Now()
+	pings := peer.Pinger(guestAddr, time.Millisecond)
+	from.Do("migrate", map[string]any{"uri": uri})
+	for ended := false; !ended; {
+		var data struct{ Status string }
+		decode(t, string(from.WaitEvent("MIGRATION").Data), &data)
+		switch data.Status {
+		case "failed", "cancelled":
+			t.Fatalf("migration %s: %s", data.Status, from.Do("query-migrate", nil))
+		case "completed":
+			ended = true
+		}
+	}
+	peer.Ping(ctx, guestAddr)
+	pings.Stop()
+	seen := pings.Pings()
+	var m migration
+	decode(t, string(from.Do("query-migrate", nil)), &m)
+	if dirty > 0 {
+		decode(t, there.Output(ctx, "@stamp-check"), &after)
+		t.Logf("%s dirties %.1f MiB/s", c.name, (after.Writes-before.Writes)/256/time.Since(began).Seconds())
+	}
+	t.Logf("%s: %+v; ping: %v", c.name, m, seen)
+	record(t, c, "migration, "+name+", total time", "ms", atMost(0.7), m.Total)
+	record(t, c, "migration, "+name+", stop as the peer sees it", "ms", atMost(0.5), float64(seen.Longest().Duration().Microseconds())/1000)
+	record(t, c, "migration, "+name+", downtime as reported", "ms", target{}, m.Down)
+	record(t, c, "migration, "+name+", bytes sent", "MiB", atMost(1), m.RAM.Transferred/(1<<20))
+}
+
+func atMost(ratio float64) target { return target{MaxRatio: ratio} }
