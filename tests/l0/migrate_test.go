@@ -146,7 +146,7 @@ func TestMigrateWords(t *testing.T) {
 		{"migrate-set-parameters", map[string]any{"nope": -1}, "Parameter 'nope' is unexpected"},
 		{"migrate-set-parameters", map[string]any{"multifd-compression": "bad"}, "Parameter 'multifd-compression' does not accept value 'bad'"},
 		{"migrate-set-parameters", map[string]any{"cpu-throttle-tailslow": "bad"}, "Invalid parameter type for 'cpu-throttle-tailslow', expected: boolean"},
-		{"migrate-set-capabilities", map[string]any{"capabilities": []any{map[string]any{"capability": "bogus", "state": true}}}, "Parameter 'capabilities[0].capability' does not accept value 'bogus'"},
+		{"migrate-set-capabilities", map[string]any{"capabilities": []any{map[string]any{"capability": "bogus", "state": true}}}, "Parameter 'capability' does not accept value 'bogus'"},
 	} {
 		fails(t, q, c.command, c.args, "GenericError: "+c.want)
 	}

@@ -118,7 +118,7 @@ func bind(v reflect.Value, in any, name string) error {
 			return want("string")
 		}
 		if e, ok := v.Interface().(Enum); ok && !slices.Contains(e.Values(), s) {
-			return Errorf(GenericError, "Parameter '%s' does not accept value '%s'", name, s)
+			return Errorf(GenericError, "Parameter '%s' does not accept value '%s'", lastName(name), s)
 		}
 		v.SetString(s)
 	case reflect.Bool:
@@ -155,6 +155,16 @@ func bind(v reflect.Value, in any, name string) error {
 		panic("qmp: arguments of type " + v.Type().String())
 	}
 	return nil
+}
+
+// lastName is what QEMU calls a value of an enumeration: by the member alone, and an element of
+// an array by nothing.
+func lastName(path string) string {
+	name := path[strings.LastIndexByte(path, '.')+1:]
+	if strings.HasSuffix(name, "]") {
+		return "null"
+	}
+	return name
 }
 
 func bindStruct(v reflect.Value, object map[string]any, prefix string) error {

@@ -162,7 +162,7 @@ func TestNegotiation(t *testing.T) {
 	c := newRig(t).connect(t)
 	c.ask(`{"execute":"stop"}`, failure(CommandNotFound, "Expecting capabilities negotiation with 'qmp_capabilities'"))
 	c.ask(`{"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}`, failure(GenericError, "Capability oob not available"))
-	c.ask(`{"execute":"qmp_capabilities","arguments":{"enable":["x"]}}`, failure(GenericError, "Parameter 'enable[0]' does not accept value 'x'"))
+	c.ask(`{"execute":"qmp_capabilities","arguments":{"enable":["x"]}}`, failure(GenericError, "Parameter 'null' does not accept value 'x'"))
 	c.ask(`{"execute":"qmp_capabilities","arguments":{"foo":1}}`, failure(GenericError, "Parameter 'foo' is unexpected"))
 	c.ask(`{'execute':'qmp_capabilities','id':1.50}`, `{"return":{},"id":1.50}`)
 	c.ask(`{"execute":"qmp_capabilities"}`, failure(CommandNotFound, "Capabilities negotiation is already complete, command ignored"))

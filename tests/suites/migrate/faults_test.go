@@ -12,7 +12,7 @@ import (
 func TestFaults(t *testing.T) {
 	w := newWorld(t)
 	m := w.boot()
-	w.load(m, 64, "8", "2")
+	w.load(m, 32, "4", "1")
 	for name, fault := range map[string]func(*world, *machine, *machine){
 		"target killed": func(w *world, m, to *machine) { to.Kill() },
 		"network cut": func(w *world, m, to *machine) {
@@ -49,7 +49,7 @@ func (w *world) begin(m *machine, moment string) (to *machine) {
 	w.t.Helper()
 	to = w.start(1, "-incoming", w.uri(1))
 	for _, q := range []*harness.QMP{m.qmp, to.qmp} {
-		q.Do("migrate-set-parameters", map[string]any{"stall-timeout": 2000, "max-bandwidth": map[string]int{"active": 4 * mib, "pre-switchover": 1 << 30}[moment]})
+		q.Do("migrate-set-parameters", map[string]any{"stall-timeout": 5000, "max-bandwidth": map[string]int{"active": 4 * mib, "pre-switchover": 1 << 30}[moment]})
 	}
 	m.qmp.Do("migrate-set-capabilities", map[string]any{"capabilities": []any{map[string]any{"capability": "pause-before-switchover", "state": true}}})
 	m.qmp.Do("migrate", map[string]any{"uri": w.uri(1)})
@@ -80,7 +80,7 @@ func (w *world) fault(m *machine, moment string, fault func(*world, *machine, *m
 		w.t.Error("the guest has run on the target")
 	}
 	w.check(m)
-	m.qmp.Do("migrate-set-parameters", map[string]any{"stall-timeout": 10000, "max-bandwidth": 1 << 30})
+	m.qmp.Do("migrate-set-parameters", map[string]any{"stall-timeout": 60000, "max-bandwidth": 1 << 30})
 	m.qmp.Do("migrate-set-capabilities", map[string]any{"capabilities": []any{map[string]any{"capability": "pause-before-switchover", "state": false}}})
 }
 

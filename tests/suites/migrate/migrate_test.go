@@ -3,7 +3,7 @@
 //
 //	netns peer            netns src                      netns dst
 //	┌──────────────┐      ┌──────────────────────┐      ┌──────────────────────┐
-//	│ ping at 1 ms │      │ baton: the guest ────┼─move─┼─> baton -incoming    │
+//	│ ping         │      │ baton: the guest ────┼─move─┼─> baton -incoming    │
 //	│ TCP          │      │          br0         │      │          br0         │
 //	└──────┬───────┘      └───────────┬──────────┘      └───────────┬──────────┘
 //	       └──────────────────────── wire ──────────────────────────┘
@@ -104,6 +104,8 @@ func (w *world) start(host int, boot ...string) *machine {
 		"-device", "virtio-rng-pci,bus=rp2")})
 	m.qmp = harness.DialQMP(w.t, harness.Context(w.t, lifeLimit), m.socket)
 	m.qmp.Do("migrate-set-capabilities", map[string]any{"capabilities": []any{map[string]any{"capability": "events", "state": true}}})
+	// The nested host stands still for seconds when the machine below has other things to do.
+	m.qmp.Do("migrate-set-parameters", map[string]any{"stall-timeout": 60000})
 	return m
 }
 
@@ -248,9 +250,9 @@ func (w *world) end(m *machine) {
 func TestMigrate(t *testing.T) {
 	w := newWorld(t)
 	m := w.boot()
-	w.load(m, 64, "8", "2")
-	stop := w.stream(2 * mib)
-	pings := w.peer.Pinger(guestIP, time.Millisecond)
+	w.load(m, 32, "4", "1")
+	stop := w.stream(mib)
+	pings := w.peer.Pinger(guestIP, 10*time.Millisecond)
 	m = w.move(m, 1, w.uri(1))
 	w.check(m)
 	m = w.move(m, 0, "unix:"+w.dir+"/m")
