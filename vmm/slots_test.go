@@ -1,15 +1,19 @@
 package vmm
 
 import (
+	"encoding/binary"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"baton/boot"
 	"baton/devices/chipset"
 	"baton/devices/pci"
+	"baton/tests/tiny"
 )
 
 // startSlots is a machine with three empty slots, a netdev and a disk.
@@ -247,4 +251,59 @@ func TestBlockdevs(t *testing.T) {
 	s.event("DEVICE_DELETED", "")
 	s.execute("blockdev-del", map[string]any{"node-name": "e"})
 	s.refused("blockdev-del", map[string]any{"node-name": "e"}, "Failed to find node with node-name='e'")
+}
+
+// A vCPU uses a disk without a pause while that is pulled and plugged: it never reaches what was
+// freed (CVE-2014-3471), and nothing that the disk held stays.
+func TestSurpriseUnderAccess(t *testing.T) {
+	const port, fn, bar = boot.ECAMBase + 1<<15, boot.ECAMBase + 1<<20, 0xd000_0000
+	loop := slices.Concat(
+		tiny.Write(port+0x04, 2, 6), tiny.Write(port+0x20, 4, bar|bar>>16), // the window: PCIe 7.5.1.3.8
+		tiny.Write(fn+0x10, 4, bar), tiny.Write(fn+0x14, 4, 0), tiny.Write(fn+0x04, 2, 6),
+		tiny.Write(bar+drvStatus, 1, 0), tiny.Write(bar+drvStatus, 1, 3), tiny.Read(bar+drvFeature, 4),
+		tiny.Write(bar+0x3000, 2, 0), tiny.Read(bar+0x2000, 4), tiny.Write(bar+0x4000, 4, 0xfee0_0000), tiny.Read(fn, 4))
+	loop = append(loop, 0xe9) // jmp to its beginning
+	loop = binary.LittleEndian.AppendUint32(loop, -uint32(len(loop)+4))
+	s := startSlots(t, "-kernel", tiny.Kernel(t, loop))
+	files := func() int {
+		list, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(list)
+	}
+	before, routes := files(), len(s.irq.used)
+	for i := range 40 {
+		s.execute("device_add", map[string]any{"driver": "virtio-blk-pci", "drive": "d", "id": "disk", "bus": "root0"})
+		for s.slotState("root0") != "present" { // the guest has enabled it
+		}
+		mode := []string{"surprise", "cooperative"}[i&1]
+		s.execute("device_del", map[string]any{"id": "disk", "mode": mode})
+		for {
+			port, code := s.slotEvent()
+			if port == 1 && code == 2 {
+				s.ost(1, 1, 0)
+			} else if port == 1 && code == 3 {
+				s.eject(1)
+			} else if s.heardSince("DEVICE_DELETED") && s.slotState("root0") == "empty" {
+				break
+			}
+		}
+		s.event("DEVICE_DELETED", "")
+	}
+	if now := files(); now > before {
+		t.Errorf("%d files before, %d after", before, now)
+	}
+	if n := len(s.irq.used); n != routes {
+		t.Errorf("%d vectors before, %d after", routes, n)
+	}
+	if s.State() != StateRunning {
+		t.Errorf("the guest is %s", s.State())
+	}
+}
+
+// heardSince says whether there is an event of that name that nobody has waited for.
+func (s *scripted) heardSince(name string) bool {
+	events, _, _ := s.events.Poll(s.seq)
+	return slices.ContainsFunc(events, func(e Event) bool { return e.Name == name })
 }
