@@ -187,9 +187,9 @@ type way struct {
 var ways = []way{
 	{"ACPI", "r1", "cooperative", "q35", 5 * time.Second},
 	{"ACPI, surprise", "r2", "surprise", "q35", 5 * time.Second},
-	{"no ACPI, button", "r1", "cooperative", "q35,native-hotplug=on", 15 * time.Second},
-	{"no ACPI, no button", "r3", "cooperative", "q35,native-hotplug=on", 5 * time.Second},
-	{"no ACPI, surprise", "r2", "surprise", "q35,native-hotplug=on", 5 * time.Second},
+	{"native, button", "r1", "cooperative", "q35,native-hotplug=on", 15 * time.Second},
+	{"native, no button", "r3", "cooperative", "q35,native-hotplug=on", 5 * time.Second},
+	{"native, surprise", "r2", "surprise", "q35,native-hotplug=on", 5 * time.Second},
 }
 
 // TestWays plugs a disk and a NIC and unplugs them under traffic, by every way, twice.
@@ -224,8 +224,7 @@ func (v *vm) disk(t *testing.T, w way, i int) {
 		start := time.Now()
 		name := v.plugDisk(w.bus)
 		plugged := time.Since(start)
-		// The first write says that the traffic has begun.
-		v.sh("(while dd if=/dev/" + name + " of=/dev/null bs=64k count=64; do :; done) >/tmp/dd 2>&1 & until [ -s /tmp/dd ]; do sleep 0.02; done")
+		v.read(name, w.mode)
 		if s := v.slot(w.bus); s != "present" {
 			t.Errorf("slot is %s", s)
 		}
@@ -236,6 +235,19 @@ func (v *vm) disk(t *testing.T, w way, i int) {
 			t.Errorf("unplug took %v", took)
 		}
 	})
+}
+
+// read has the guest read a disk until that is unplugged, and returns once it does. One that is
+// pulled it reads before: Linux's virtio_blk waits for ever for a request that has left with the
+// device, and all who plug with it (mended in Linux 6.17).
+func (v *vm) read(name, mode string) {
+	v.Helper()
+	if mode == "surprise" {
+		v.sh("dd if=/dev/" + name + " of=/dev/null bs=64k count=64 2>/dev/null")
+		return
+	}
+	// What dd writes says that it is done for the first time.
+	v.sh("rm -f /tmp/dd; (while dd if=/dev/" + name + " of=/dev/null bs=64k count=64 iflag=direct; do :; done) >/tmp/dd 2>&1 & until [ -s /tmp/dd ]; do sleep 0.02; done")
 }
 
 func (v *vm) nic(t *testing.T, w way, i int) {
