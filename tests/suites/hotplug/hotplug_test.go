@@ -239,7 +239,8 @@ func (v *vm) disk(t *testing.T, w way, i int) {
 
 // read has the guest read a disk until that is unplugged, and returns once it does. One that is
 // pulled it reads before: Linux's virtio_blk waits for ever for a request that has left with the
-// device, and all who plug with it (mended in Linux 6.17).
+// device, and whoever plugs waits with it (see "virtio_blk: Fix disk deletion hang on device
+// surprise removal", May 2025). A NIC has no such trouble.
 func (v *vm) read(name, mode string) {
 	v.Helper()
 	if mode == "surprise" {
