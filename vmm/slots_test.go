@@ -307,3 +307,25 @@ func (s *scripted) heardSince(name string) bool {
 	events, _, _ := s.events.Poll(s.seq)
 	return slices.ContainsFunc(events, func(e Event) bool { return e.Name == name })
 }
+
+// KVM has to know of a level-triggered pin as long as an EOI may come: also while it is masked.
+func TestPinRoutes(t *testing.T) {
+	s := startSlots(t)
+	rte := func(low uint32) {
+		s.write(boot.IOAPICAddr, 4, 0x10+2*chipset.GEDPin)
+		s.write(boot.IOAPICAddr+0x10, 4, low)
+	}
+	const level, masked, vector = 1 << 15, 1 << 16, 0x41
+	for _, c := range []struct {
+		low  uint32
+		want bool
+	}{{vector, false}, {vector | level, true}, {vector | level | masked, true}, {vector | masked, false}, {vector | level, true}, {masked, false}} {
+		rte(c.low)
+		s.irq.mu.Lock()
+		m, ok := s.irq.routes[chipset.GEDPin]
+		s.irq.mu.Unlock()
+		if ok != c.want || ok && m.Data != vector|level {
+			t.Errorf("entry %#x: route %+v %v, want %v", c.low, m, ok, c.want)
+		}
+	}
+}
