@@ -64,7 +64,9 @@ func TestQMPShell(t *testing.T) {
 		return shell{c, `{"return": {}}\n`, func(name string) {
 			t.Helper()
 			event := "'event': '" + name + "'"
-			for ctx := harness.Context(t, limit); ; c.ask("", `\(QEMU\) $`) { // an empty line shows the events so far
+			for ctx := harness.Context(t, limit); ; {
+				c.ask("query-name", `{"return": {}}\n`) // it reads from its socket only for a reply
+				c.ask("", `\(QEMU\) $`)                 // an empty line shows the events so far
 				if i := strings.Index(c.String()[heard:], event); i >= 0 {
 					heard += i + len(event)
 					return
