@@ -151,7 +151,7 @@ func events(args []string, stdout io.Writer) error {
 
 // drawTimeline is `baton events -timeline`.
 func drawTimeline(args []string, stdout io.Writer) error {
-	p := timeline.Page{Title: "A guest's way"}
+	var act timeline.Act
 	for _, arg := range args {
 		name, file, isSeries := strings.Cut(arg, "=")
 		if !isSeries {
@@ -167,19 +167,19 @@ func drawTimeline(args []string, stdout io.Writer) error {
 			if err != nil {
 				return fmt.Errorf("%s: %w", file, err)
 			}
-			p.Series = append(p.Series, timeline.Series{Name: name, Points: points})
+			act.Series = append(act.Series, timeline.Series{Name: name, Points: points})
 			continue
 		}
 		events, err := timeline.ReadEvents(f)
 		if err != nil {
 			return fmt.Errorf("%s: %w", file, err)
 		}
-		p.Sides = append(p.Sides, timeline.Side{Name: filepath.Base(file), Events: events})
+		act.Sides = append(act.Sides, timeline.Side{Name: filepath.Base(file), Events: events})
 	}
-	if len(p.Sides) != 2 {
-		return fmt.Errorf("events -timeline: %d event logs, want two: that of the source, then that of the target", len(p.Sides))
+	if len(act.Sides) != 2 {
+		return fmt.Errorf("events -timeline: %d event logs, want two: that of the source, then that of the target", len(act.Sides))
 	}
-	return timeline.Write(stdout, p)
+	return timeline.Write(stdout, timeline.Page{Title: "A guest's way", Acts: []timeline.Act{act}})
 }
 
 // check is `baton check`.

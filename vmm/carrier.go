@@ -244,6 +244,23 @@ func (c *carrier) hide(d *device) {
 	c.do(steer.Hide)
 }
 
+// arrives says that a guest that comes from another host has been stopped there: what comes
+// for it from now on waits here.
+func (c *carrier) arrives() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.begun()
+	c.do(steer.Standby)
+	c.net.Discard() // the guest had that there
+}
+
+// resumed says that the guest goes on, on the standby.
+func (c *carrier) resumed() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.say("resume", "standby", 0, 0)
+}
+
 // gone says that the guest is on another host, or has ended.
 func (c *carrier) gone() {
 	c.mu.Lock()

@@ -28,6 +28,7 @@ type (
 		Away       bool           `json:"away"`             // the guest is to do without it
 		For        int64          `json:"ms"`               // in this state
 		Unplug     *string        `json:"unplug,omitempty"` // how the guest is made to let go just now
+		Slot       *slotState     `json:"slot,omitempty"`   // of the primary's port
 		Reason     *string        `json:"reason,omitempty"`
 		Retries    int64          `json:"retries"`
 		Switches   []switched     `json:"switches"` // the last ones
@@ -63,6 +64,10 @@ func (p *failoverPair) info() pairInfo {
 	}
 	if p.primary != nil {
 		i.Primary = &p.primary.ID
+		if slot := p.m.slotOf(p.primary); slot != nil {
+			state := slotState(slot.State().String())
+			i.Slot = &state
+		}
 	}
 	if s.Asked != "" {
 		i.Unplug = (*string)(&s.Asked)

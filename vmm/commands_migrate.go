@@ -303,6 +303,7 @@ type (
 		Sockets          []socketAddress  `json:"socket-address,omitempty"`
 		Parts            *downtimeParts   `json:"x-downtime,omitempty"`
 		PrepareTime      *int64           `json:"x-unplug-time,omitempty"` // ms
+		Failover         []pairInfo       `json:"x-failover,omitempty"`    // how its primaries are, and what their changes have cost
 		State            *string          `json:"x-state,omitempty"`
 	}
 	ramInfo struct {
@@ -363,6 +364,7 @@ func (m *Machine) queryMigrate() (info migrationInfo) {
 	}
 	status := migrationStatus(s.Status)
 	info.Status = &status
+	info.Failover = m.pairInfos()
 	if s.Err != nil {
 		info.Error = new(s.Err.Error())
 	}

@@ -35,7 +35,7 @@ func (m *Machine) facts() []migrate.Fact {
 	facts = append(facts, m.migration.cpu...)
 	devices := map[string]*device{}
 	for _, d := range m.devices {
-		if !d.leavesFirst() {
+		if !m.isPrimary(d.fn) { // of which the guest lets go before
 			devices[m.addressOf(d.Device)] = d
 		}
 	}
@@ -45,13 +45,9 @@ func (m *Machine) facts() []migrate.Fact {
 	return facts
 }
 
-// leavesFirst says that the device does not migrate: the guest is made to let go of it before,
-// and gets another one afterwards.
-func (d *device) leavesFirst() bool { return d.Driver == "vfio-pci" && d.Given("failover_pair_id") }
-
 // hostProps are the properties that say what a device is on the host, which the guest cannot
 // see, and those that are in the device's own fact.
-var hostProps = []string{"netdev", "drive", "chardev", "rng", "bootindex", "failover_pair_id", "id", "bus", "addr"}
+var hostProps = []string{"netdev", "drive", "chardev", "rng", "bootindex", pairID, "standby", "steer", "failover-unplug", "failover-unplug-timeout", "failover-primary", "id", "bus", "addr"}
 
 func (m *Machine) deviceFacts(name string, d *device) (facts []migrate.Fact) {
 	add := func(prop string, v any) { facts = append(facts, migrate.Fact{Name: name + prop, Value: fmt.Sprint(v)}) }

@@ -50,10 +50,6 @@ type engine interface {
 	Stats() migrate.Stats
 }
 
-// preparers and hooks are what others have to do before the guest leaves and when it comes.
-func (m *Machine) preparers() []migrate.Preparer { return nil }
-func (m *Machine) hooks() []migrate.Hook         { return nil }
-
 // migrating says whether a guest is on its way, from here or to here. Its devices must not
 // change meanwhile.
 func (m *Machine) migrating() bool {
@@ -67,7 +63,7 @@ func (m *Machine) migrating() bool {
 // blockers are the reasons why the guest cannot move, in words for people.
 func (m *Machine) blockers() (list []string) {
 	for _, d := range m.devices {
-		if d.Driver == "vfio-pci" && !d.leavesFirst() {
+		if d.Driver == "vfio-pci" && !m.isPrimary(d.fn) {
 			list = append(list, fmt.Sprintf("%s: VFIO migration is not supported: give it failover_pair_id= and a standby", d.Device))
 		}
 	}
@@ -139,6 +135,7 @@ func (m *Machine) migrationEnded(e migrate.Event) {
 	case e.State == migrate.SourceCompleted:
 		m.migration.away = true
 		m.setState(StatePostMigrate)
+		m.guestLeft()
 	case e.State == migrate.TargetFailed && m.migration.exitOnError && !m.migration.abandoned:
 		m.fault = fmt.Errorf("incoming migration: %w", e.Err)
 	}
@@ -290,6 +287,7 @@ func (m *Machine) arrived(running bool) error {
 	} else {
 		m.resume()
 	}
+	m.guestCame()
 	p := m.migration.params
 	go m.announce(context.Background(), announceArgs{Initial: int64(p.AnnounceInitial), Max: int64(p.AnnounceMax), Rounds: int64(p.AnnounceRounds), Step: int64(p.AnnounceStep)})
 	return nil
@@ -343,6 +341,7 @@ func (m *Machine) takeBack() error {
 	}
 	m.migration.away = false
 	m.log.Warn("the guest goes on here, after it has migrated: see that it does not run elsewhere")
+	m.guestStays()
 	return m.unquiesce()
 }
 

@@ -66,7 +66,10 @@ func (s section) Save() (data []byte, err error) {
 
 // Load implements migrate.Section.
 func (s section) Load(version uint16, data []byte) error {
-	return mover{s.m}.do(func() error { return s.s.LoadState(version, data) })
+	return mover{s.m}.do(func() error {
+		s.m.guestComes()
+		return s.s.LoadState(version, data)
+	})
 }
 
 // DirtySources implements migrate.SourceMachine.

@@ -26,6 +26,7 @@ type failoverPair struct {
 	asking  bool    // the guest is to let go of it, and the pair waits for that
 	leaving bool    // it was taken away by surprise, which the guest may not have noticed
 	waiting func()  // stops the wait for that
+	coming  bool    // a guest is coming, which its source has stopped
 	opening *opening
 	closing bool          // what was the primary is being closed
 	later   []func(error) // who wants it open after that
@@ -87,6 +88,11 @@ func (m *Machine) pairWith(primary string) *failoverPair {
 		}
 	}
 	return nil
+}
+
+// isPrimary says whether it is the primary of a pair, of which the guest lets go before it moves.
+func (m *Machine) isPrimary(fn pci.Function) bool {
+	return slices.ContainsFunc(m.pairs, func(p *failoverPair) bool { return p.device != nil && p.device.fn == fn })
 }
 
 // addStandby makes a pair for a standby, which is to be plugged. A device that is there
@@ -181,6 +187,9 @@ func (m *Machine) negotiated(standby string, yes, goesOn bool) {
 	p := m.pairOf(standby)
 	if p == nil || goesOn && yes == p.Status().Negotiated {
 		return
+	}
+	if goesOn && m.State() == StateInMigrate {
+		p.Hold()
 	}
 	if yes {
 		m.events.Publish("FAILOVER_NEGOTIATED", failoverEvent{standby})

@@ -2,12 +2,13 @@ package vmm
 
 import (
 	"baton/devices"
+	"baton/devices/pci"
 	"baton/devices/virtio/blk"
 	"baton/devices/virtio/net"
 	"baton/migrate"
 )
 
-// staters are all parts of the machine that have a state, in the order in which it is loaded:
+// staters are all parts of the machine that have a state and move with the guest, in the order in which it is loaded:
 // time first, for the timers of the LAPICs count by it, then the vCPUs, who get the interrupts
 // that the devices raise when they are loaded.
 func (m *Machine) staters() []devices.Stater {
@@ -20,7 +21,12 @@ func (m *Machine) staters() []devices.Stater {
 		list = append(list, m.serial)
 	}
 	functions, _ := m.pci.Staters()
-	return append(list, functions...)
+	for _, f := range functions {
+		if fn, ok := f.(pci.Function); !ok || !m.isPrimary(fn) {
+			list = append(list, f)
+		}
+	}
+	return list
 }
 
 // quiescers are those that do something by themselves, in the order in which they go on. They
@@ -40,6 +46,9 @@ func (m *Machine) quiescers() (list []devices.Quiescer) {
 func (m *Machine) immobile() (names []string) {
 	_, not := m.pci.Staters()
 	for _, f := range not {
+		if m.isPrimary(f) {
+			continue
+		}
 		names = append(names, f.Config().ID())
 	}
 	return names

@@ -25,8 +25,9 @@ import (
 type scripted struct {
 	*Machine
 	t   *testing.T
+	dir string // short
 	qmp *client.Conn
-	seq uint64 // of the next event to look at
+	seq map[string]uint64 // of the next event of that name to look at
 }
 
 // startScripted runs a machine with these options; a host without /dev/kvm skips the test.
@@ -66,7 +67,7 @@ func startScripted(t *testing.T, args ...string) *scripted {
 			t.Error("close:", err)
 		}
 	})
-	s := &scripted{Machine: m, t: t, seq: 1}
+	s := &scripted{Machine: m, t: t, dir: dir, seq: map[string]uint64{}}
 	if s.State() != StateRunning && m.cfg.Incoming == "" {
 		s.event("RESUME", "")
 	}
@@ -92,14 +93,14 @@ func (s *scripted) do(f func()) {
 	}
 }
 
-// event waits for the next event of that name and returns its data; others are passed over.
+// event waits for the next event of that name, past or future, and returns its data.
 // With a text, the data must be it.
 func (s *scripted) event(name, want string) string {
 	s.t.Helper()
 	ctx, cancel := context.WithTimeout(s.t.Context(), patience)
 	defer cancel()
-	for e := range s.events.Since(ctx, s.seq) {
-		s.seq = e.Seq + 1
+	for e := range s.events.Since(ctx, max(s.seq[name], 1)) {
+		s.seq[name] = e.Seq + 1
 		if e.Name != name {
 			continue
 		}
@@ -264,6 +265,9 @@ const (
 	drvAckSelect     = 0x08
 	drvAck           = 0x0c
 	drvStatus        = 0x14
+	drvQueueSelect   = 0x16
+	drvQueueEnable   = 0x1c
+	drvQueueAreas    = 0x20
 )
 
 // probe finds the device and gives it an address in its port's window.
@@ -326,7 +330,7 @@ func (d *guestDriver) offered() (f uint64) {
 	return f
 }
 
-// start resets the device and serves it with all features but those, without queues.
+// start resets the device and serves it with all features but those.
 func (d *guestDriver) start(without uint64) {
 	d.s.t.Helper()
 	d.s.write(d.bar+drvStatus, 1, 0)
@@ -337,8 +341,17 @@ func (d *guestDriver) start(without uint64) {
 		d.s.write(d.bar+drvAck, 4, uint32(ack>>(32*i)))
 	}
 	d.s.write(d.bar+drvStatus, 1, 11)
+	for q := range uint32(3) {
+		const rings, each = 0x100_0000, 0x8000 // in RAM; a part of the address tells the devices apart
+		at := rings + uint32(d.cfg&0xff000)>>4 + q*each
+		d.s.write(d.bar+drvQueueSelect, 2, q)
+		for i := range uint32(3) {
+			d.s.write(d.bar+drvQueueAreas+uint64(8*i), 4, at+i*0x2000)
+		}
+		d.s.write(d.bar+drvQueueEnable, 2, 1)
+	}
 	d.s.write(d.bar+drvStatus, 1, 15)
-	if got := d.s.read(d.bar+drvStatus, 1); got&15 != 15 { // it also needs a reset: there are no queues
+	if got := d.s.read(d.bar+drvStatus, 1); got != 15 {
 		d.s.t.Fatalf("status %#x", got)
 	}
 	d.s.do(func() {})
@@ -364,12 +377,16 @@ func (d *guestDriver) msix(on bool) {
 	d.s.write(d.bar+table+12, 4, unmasked)
 }
 
+// machines is how many there have been, each with TAPs of its own.
+var machines int
+
 // failoverNets are the root ports and TAPs that the tests of QEMU's suite have.
 func failoverNets() []string {
 	var args []string
+	machines++
 	for i := range 4 {
 		args = append(args, "-device", fmt.Sprintf("pcie-root-port,id=root%d,addr=%d.0,chassis=%d", i, i+1, i+1))
-		args = append(args, "-netdev", fmt.Sprintf("tap,id=hs%d,ifname=fo%d-%d,script=no", i, os.Getpid(), i))
+		args = append(args, "-netdev", fmt.Sprintf("tap,id=hs%d,ifname=f%d-%d-%d,script=no", i, os.Getpid()%100000, machines, i))
 	}
 	return args
 }

@@ -11,11 +11,17 @@ import (
 
 // Page is what is drawn.
 type Page struct {
+	Title string
+	Table [][]string // shown above all, the first row as its head
+	Acts  []Act
+	Notes []string
+}
+
+// Act is one guest's way.
+type Act struct {
 	Title  string
 	Sides  []Side // source and target, as a rule
 	Series []Series
-	Table  [][]string // shown above all, the first row as its head; nil: the phases
-	Notes  []string
 }
 
 var page = template.Must(template.New("page").Parse(`<!DOCTYPE html>
@@ -23,21 +29,24 @@ var page = template.Must(template.New("page").Parse(`<!DOCTYPE html>
 <title>{{.Title}}</title>
 <style>
 body{font:15px/1.4 system-ui,sans-serif;margin:1em auto;padding:0 .8em;max-width:52em;color:#111;background:#fff}
-h1{font-size:1.25em}h2{font-size:1.05em;margin:1.6em 0 .3em}
+h1{font-size:1.25em}h2{font-size:1.1em;margin:2em 0 .3em}h3{font-size:1em;margin:1.2em 0 .3em}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.15em .9em .15em 0;text-align:left;border-bottom:1px solid #ccc;font-size:.9em}
 svg{width:100%;height:auto;display:block}.way{max-width:38em}
 .wide{overflow-x:auto}text{font:11px system-ui,sans-serif;fill:#111}.dim{fill:#777}
-@media print{body{max-width:none;margin:0;font-size:11px}svg{break-inside:avoid}h2{break-after:avoid}}
+@media print{body{max-width:none;margin:0;font-size:11px}svg{break-inside:avoid}h2,h3{break-after:avoid}}
 </style></head><body>
 <h1>{{.Title}}</h1>
-{{with .Table}}<div class="wide"><table>{{range $i, $row := .}}<tr>{{range $row}}{{if $i}}<td>{{.}}</td>{{else}}<th>{{.}}</th>{{end}}{{end}}</tr>
+{{define "table"}}<div class="wide"><table>{{range $i, $row := .}}<tr>{{range $row}}{{if $i}}<td>{{.}}</td>{{else}}<th>{{.}}</th>{{end}}{{end}}</tr>
 {{end}}</table></div>{{end}}
-{{range .Plots}}<h2>{{.Name}}</h2>
-{{.SVG}}
-{{end}}<h2>Events</h2>
-<div class="way">{{.Way}}</div>
+{{with .Table}}{{template "table" .}}{{end}}
 {{range .Notes}}<p>{{.}}</p>
+{{end}}{{range .Drawings}}{{with .Title}}<h2>{{.}}</h2>
+{{end}}{{with .Phases}}{{template "table" .}}{{end}}
+{{range .Plots}}<h3>{{.Name}}</h3>
+{{.SVG}}
+{{end}}<h3>Events</h3>
+<div class="way">{{.Way}}</div>
 {{end}}</body></html>
 `))
 
@@ -48,23 +57,37 @@ type plot struct {
 
 // Write draws the page.
 func Write(w io.Writer, p Page) error {
-	from, to := window(p.Sides)
-	if p.Table == nil && len(p.Sides) > 1 {
-		p.Table = [][]string{{"Phase", "from", "ms"}}
-		for _, ph := range Phases(p.Sides[0].Events, p.Sides[1].Events) {
-			p.Table = append(p.Table, []string{ph.Name, seconds(ph.From - from), fmt.Sprintf("%.1f", 1000*(ph.To-ph.From))})
-		}
-	}
-	marks := switches(p.Sides)
-	var plots []plot
-	for _, s := range p.Series {
-		plots = append(plots, plot{s.Name, s.draw(from, to, marks)})
+	drawings := []drawing{}
+	for _, a := range p.Acts {
+		drawings = append(drawings, a.draw())
 	}
 	return page.Execute(w, struct {
 		Page
-		Plots []plot
-		Way   template.HTML
-	}{p, plots, way(p.Sides, from, to)})
+		Drawings []drawing
+	}{p, drawings})
+}
+
+type drawing struct {
+	Title  string
+	Phases [][]string
+	Plots  []plot
+	Way    template.HTML
+}
+
+func (a *Act) draw() drawing {
+	from, to := window(a.Sides)
+	d := drawing{Title: a.Title, Way: way(a.Sides, from, to)}
+	if len(a.Sides) > 1 {
+		d.Phases = [][]string{{"Phase", "from", "ms"}}
+		for _, ph := range Phases(a.Sides[0].Events, a.Sides[1].Events) {
+			d.Phases = append(d.Phases, []string{ph.Name, seconds(ph.From - from), fmt.Sprintf("%.1f", 1000*(ph.To-ph.From))})
+		}
+	}
+	marks := switches(a.Sides)
+	for _, s := range a.Series {
+		d.Plots = append(d.Plots, plot{s.Name, s.draw(from, to, marks)})
+	}
+	return d
 }
 
 func seconds(s float64) string { return fmt.Sprintf("%.3f s", s) }

@@ -95,8 +95,8 @@ func TestPage(t *testing.T) {
 	}
 	text := draw(t, Page{
 		Title: "a & b", Notes: []string{"a <note>"},
-		Sides:  []Side{{"source", read(t, sourceLog)}, {"<target>", read(t, targetLog)}},
-		Series: []Series{{"ping, ms", points}, {"empty", nil}},
+		Table: [][]string{{"head"}, {"<cell>"}},
+		Acts:  []Act{{"act one", []Side{{"source", read(t, sourceLog)}, {"<target>", read(t, targetLog)}}, []Series{{"ping, ms", points}, {"empty", nil}}}},
 	})
 	for _, want := range []string{
 		"<title>a &amp; b</title>", "a &lt;note&gt;", "&lt;target&gt;", "<td>stop to resume</td><td>1.063 s</td><td>50.0</td>",
@@ -110,20 +110,20 @@ func TestPage(t *testing.T) {
 		t.Error("the page begins before the migration")
 	}
 	draw(t, Page{})
-	draw(t, Page{Sides: []Side{{"a", nil}, {"b", nil}}})
+	draw(t, Page{Acts: []Act{{}, {Sides: []Side{{"a", nil}, {"b", nil}}}}})
 }
 
 func FuzzPage(f *testing.F) {
 	f.Add(`{"timestamp":{"seconds":1},"event":"STOP"}`, `{"timestamp":{"seconds":2},"event":"RESUME"}`, "1,2\n3,\n")
 	f.Fuzz(func(t *testing.T, source, target, series string) {
-		var p Page
+		var a Act
 		for _, log := range []string{source, target} {
 			events, _ := ReadEvents(strings.NewReader(log))
-			p.Sides = append(p.Sides, Side{"x", events})
+			a.Sides = append(a.Sides, Side{"x", events})
 		}
 		points, _ := ReadPoints(strings.NewReader(series))
-		p.Series = []Series{{"s", points}}
-		if err := Write(io.Discard, p); err != nil {
+		a.Series = []Series{{"s", points}}
+		if err := Write(io.Discard, Page{Acts: []Act{a}}); err != nil {
 			t.Fatal(err)
 		}
 	})

@@ -1,0 +1,176 @@
+package vmm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"baton/migrate"
+	"baton/vmm/failover"
+)
+
+// preparers are what has to be done before the guest leaves: nothing of it is sent while it has
+// a primary.
+func (m *Machine) preparers() []migrate.Preparer {
+	if len(m.pairs) == 0 {
+		return nil
+	}
+	return []migrate.Preparer{primariesLeave{m}}
+}
+
+// hooks are what else has to be done when a guest comes.
+func (m *Machine) hooks() []migrate.Hook {
+	if len(m.pairs) == 0 {
+		return nil
+	}
+	return []migrate.Hook{primariesCome{m}}
+}
+
+// primariesLeave takes all primaries away from a guest that is to move. It implements
+// migrate.Preparer.
+type primariesLeave struct{ m *Machine }
+
+// Prepare implements migrate.Preparer.
+func (l primariesLeave) Prepare(ctx context.Context) (undo func(), err error) {
+	var taken []*failoverPair // and not away before
+	left := make(chan error)
+	waits := 0
+	err = l.m.call(func() {
+		for _, p := range l.m.pairs {
+			if p.Status().Away {
+				continue
+			}
+			taken = append(taken, p)
+			if p.InSlot() {
+				l.m.events.Publish("UNPLUG_PRIMARY", failoverEvent{p.primary.ID})
+			}
+			waits++
+			name := p.standby
+			if p.primary != nil {
+				name = p.primary.ID
+			}
+			p.Leave(false, func(err error) {
+				if err != nil {
+					err = fmt.Errorf("unplug primary %s: %w", name, err)
+				}
+				go func() { // it may be told before anybody waits, or when nobody does any more
+					select {
+					case left <- err:
+					case <-ctx.Done():
+					}
+				}()
+			})
+		}
+	})
+	for ; waits > 0 && err == nil; waits-- {
+		select {
+		case err = <-left:
+		case <-ctx.Done():
+			err = context.Cause(ctx)
+		}
+	}
+	undo = func() {
+		_ = l.m.call(func() {
+			for _, p := range taken {
+				p.Return(nil)
+			}
+		})
+	}
+	return undo, err
+}
+
+// primariesCome has the primaries of a guest that comes ready before it does, and plugs them
+// once it runs. It implements migrate.Hook.
+type primariesCome struct{ m *Machine }
+
+// Reserve implements migrate.Hook.
+func (c primariesCome) Reserve(ctx context.Context) (undo func(), err error) {
+	undo = func() {
+		_ = c.m.call(func() {
+			for _, p := range c.m.pairs {
+				p.Release()
+			}
+		})
+	}
+	opened := make(chan error)
+	waits := 0
+	err = c.m.call(func() {
+		for _, p := range c.m.pairs {
+			p.Hold()
+			if p.primary == nil {
+				continue
+			}
+			waits++
+			required := p.primary.Text("failover-primary") == "require"
+			p.Reserve(func(err error) {
+				if err != nil && !required {
+					p.Changed(failover.Hidden, failover.Hidden, fmt.Errorf("the guest will do without it for a while: %w", err))
+					err = nil
+				}
+				go func() {
+					select {
+					case opened <- err:
+					case <-ctx.Done():
+					}
+				}()
+			})
+		}
+	})
+	var errs []error
+	for ; waits > 0 && err == nil; waits-- {
+		select {
+		case e := <-opened:
+			errs = append(errs, e)
+		case <-ctx.Done():
+			err = context.Cause(ctx)
+		}
+	}
+	return undo, errors.Join(append(errs, err)...)
+}
+
+// AfterResume implements migrate.Hook.
+func (c primariesCome) AfterResume() {
+	_ = c.m.call(func() {
+		for _, p := range c.m.pairs {
+			p.Return(nil)
+		}
+	})
+}
+
+// guestComes is told that the source has stopped the guest, whose state arrives now: what
+// comes for it from now on waits here.
+func (m *Machine) guestComes() {
+	for _, p := range m.pairs {
+		if p.carrier != nil && !p.coming {
+			p.coming = true
+			p.carrier.arrives()
+		}
+	}
+}
+
+// guestCame is told that it runs here.
+func (m *Machine) guestCame() {
+	for _, p := range m.pairs {
+		if p.coming {
+			p.coming = false
+			p.carrier.resumed()
+		}
+	}
+}
+
+// guestLeft is told that it runs elsewhere: its primaries are free.
+func (m *Machine) guestLeft() {
+	for _, p := range m.pairs {
+		if p.carrier != nil {
+			p.carrier.gone()
+		}
+		p.Release()
+	}
+}
+
+// guestStays is told that it goes on here although it has left.
+func (m *Machine) guestStays() {
+	for _, p := range m.pairs {
+		p.Return(nil)
+	}
+}
