@@ -25,9 +25,9 @@ import (
 	"time"
 )
 
-const intro = `demo: boots the Debian kernel that is installed here on baton, with a disk and a vhost-net
-      NIC behind PCIe root ports; shows the guest's boot, PCIe tree and disk, and pings in
-      both directions; then the guest turns itself off. Ctrl-C ends it and cleans up.
+const intro = `demo: boots the Debian kernel that is installed here on baton, shows its PCIe tree, disk and
+      network; then has a guest whose NIC is a VF move from one host's NIC to another's, on
+      baton and on QEMU, and writes what happened to demo.html. Ctrl-C ends it and cleans up.
 `
 
 func init() {
@@ -37,12 +37,18 @@ func init() {
 
 func main() {
 	here := flag.Bool("here", false, "run the guest on this machine (used by the demo itself)")
+	pair := flag.Bool("pair", false, "with -here: the machine has two SR-IOV NICs, as the nested host")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	run := prepare
 	if *here {
-		run = show
+		run = func(ctx context.Context) error {
+			if err := show(ctx); err != nil || !*pair {
+				return err
+			}
+			return journeys(ctx)
+		}
 	}
 	err := run(ctx)
 	var ended *exec.ExitError
@@ -73,7 +79,7 @@ func prepare(ctx context.Context) error {
 	if err := step(ctx, "building baton and the nested host", build); err != nil {
 		return err
 	}
-	image := command(ctx, "go", "run", ".", "demo")
+	image := command(ctx, "go", "run", ".", "demo", "test")
 	image.Dir = "guest-images"
 	if err := step(ctx, "building the guest's image", image); err != nil {
 		return err
@@ -95,10 +101,18 @@ func prepare(ctx context.Context) error {
 		cmd.SysProcAttr.Cloneflags = syscall.CLONE_NEWNET
 	} else {
 		fmt.Printf("demo: %s\n      so the guest runs in the nested host, a machine in QEMU that can\n", obstacle)
-		cmd = command(ctx, ".cache/bin/nested", "exec", "--", self, "-here")
+		cmd = command(ctx, ".cache/bin/nested", "exec", "--", self, "-here", "-pair")
 	}
+	filter := &pageFilter{out: os.Stdout}
+	cmd.Stdout = filter
 	if err := cmd.Run(); err != nil {
 		return err
+	}
+	if filter.page != nil {
+		if err := os.WriteFile("demo.html", filter.page, 0o644); err != nil {
+			return err
+		}
+		fmt.Println("\ndemo: demo.html has the timelines and plots")
 	}
 	if emulated {
 		fmt.Println("\nThe nested host's CPU is emulated here: on a real one all this is many times faster.")

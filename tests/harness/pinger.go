@@ -3,6 +3,7 @@ package harness
 import (
 	"encoding/binary"
 	"fmt"
+	"math"
 	"net"
 	"slices"
 	"sync"
@@ -162,6 +163,21 @@ func (p *Pinger) Pings() (r Pings) {
 	}
 	slices.SortStableFunc(r.Outages, func(a, b Outage) int { return int(b.Duration() - a.Duration()) })
 	return r
+}
+
+// Series are the round trips in milliseconds by the time of the request, NaN for one without
+// an answer.
+func (p *Pinger) Series() (list []Sample) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for i, at := range p.sent {
+		s := Sample{float64(at.UnixMicro()) / 1e6, math.NaN()}
+		if !p.heard[i].IsZero() {
+			s.Millis = float64(p.heard[i].Sub(at).Microseconds()) / 1000
+		}
+		list = append(list, s)
+	}
+	return list
 }
 
 // Stop ends it.

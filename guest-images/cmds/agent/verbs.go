@@ -40,6 +40,8 @@ var verbs = map[string]verb{
 	"@blkstamp":    {"DEV RATE_MIB_S", 2, stampDisk, nil},
 	"@tcp-stamp":   {"ADDR", 1, stampTCP, nil},
 	"@stamp-check": {"", 0, checkStamps, nil},
+	"@udp":         {"LOCAL ADDR RATE", 3, udpStart, nil},
+	"@udp-check":   {"", 0, udpCheck, nil},
 	"@clock":       {"", 0, clock, nil},
 	"@modprobe":    {"NAME", 1, func(a []string) (any, error) { return "", guest.LoadModule(a[0]) }, nil},
 	"@dmesg":       {"", 0, dmesg, nil},
@@ -66,6 +68,30 @@ func runVerb(name string, args []string) proto.Response {
 		out = string(b) + "\n"
 	}
 	return proto.Response{Stdout: out, After: v.after}
+}
+
+// datagrams is the stream under way.
+var datagrams *nettool.Datagrams
+
+// udpStart begins a stream of numbered datagrams, RATE a second.
+func udpStart(a []string) (any, error) {
+	rate, err := strconv.ParseUint(a[2], 10, 16)
+	if err != nil {
+		return nil, err
+	}
+	if datagrams != nil {
+		datagrams.Stop()
+	}
+	datagrams, err = nettool.StartDatagrams(a[0], a[1], int(rate))
+	return "", err
+}
+
+// udpCheck says what has come of the other one's.
+func udpCheck([]string) (any, error) {
+	if datagrams == nil {
+		return nil, errors.New("there is no stream")
+	}
+	return datagrams.Result(), nil
 }
 
 func nothing([]string) (any, error) { return "", nil }

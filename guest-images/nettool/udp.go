@@ -1,0 +1,134 @@
+package nettool
+
+import (
+	"encoding/binary"
+	"net"
+	"sync"
+	"time"
+)
+
+// Datagrams is a stream of numbered datagrams to somebody who does the same, and what became
+// of the other one's.
+type Datagrams struct {
+	conn *net.UDPConn
+	stop chan struct{}
+	done sync.WaitGroup
+
+	mu      sync.Mutex
+	sent    uint64
+	seen    map[uint64]int // how often each number came
+	first   uint64
+	highest uint64
+	result  DatagramResult
+	last    time.Time
+}
+
+// DatagramResult is what came. Numbers between the first and the highest that did not are lost.
+type DatagramResult struct {
+	Sent      uint64 `json:"sent"`
+	Received  int    `json:"received"`
+	Lost      int    `json:"lost"`
+	Doubled   int    `json:"doubled"`
+	Reordered int    `json:"reordered"`
+	GapMicros int64  `json:"gap_us"` // the longest between two that came
+}
+
+// StartDatagrams sends so many a second from the local address to the other.
+func StartDatagrams(local, to string, rate int) (*Datagrams, error) {
+	from, err := net.ResolveUDPAddr("udp", local)
+	if err != nil {
+		return nil, err
+	}
+	dest, err := net.ResolveUDPAddr("udp", to)
+	if err != nil {
+		return nil, err
+	}
+	conn, err := net.ListenUDP("udp", from)
+	if err != nil {
+		return nil, err
+	}
+	d := &Datagrams{conn: conn, stop: make(chan struct{}), seen: map[uint64]int{}}
+	d.done.Go(func() { d.send(dest, rate) })
+	d.done.Go(d.receive)
+	return d, nil
+}
+
+func (d *Datagrams) send(to *net.UDPAddr, rate int) {
+	ticks := time.NewTicker(time.Millisecond)
+	defer ticks.Stop()
+	last, due := time.Now(), 0.0
+	packet := make([]byte, 64)
+	for {
+		select {
+		case now := <-ticks.C:
+			// A guest that stood still does not catch up.
+			due += min(now.Sub(last).Seconds(), 0.02) * float64(rate)
+			last = now
+		case <-d.stop:
+			return
+		}
+		for ; due >= 1; due-- {
+			d.mu.Lock()
+			binary.BigEndian.PutUint64(packet, d.sent)
+			d.sent++
+			d.mu.Unlock()
+			_, _ = d.conn.WriteToUDP(packet, to) // nobody may be there
+		}
+	}
+}
+
+func (d *Datagrams) receive() {
+	buf := make([]byte, 128)
+	for {
+		n, _, err := d.conn.ReadFromUDP(buf)
+		now := time.Now()
+		select {
+		case <-d.stop:
+			return
+		default:
+		}
+		if err == nil && n >= 8 {
+			d.take(binary.BigEndian.Uint64(buf), now)
+		}
+	}
+}
+
+func (d *Datagrams) take(number uint64, now time.Time) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	r := &d.result
+	if len(d.seen) == 0 {
+		d.first, d.highest, d.last = number, number, now
+	}
+	d.seen[number]++
+	r.Received++
+	switch {
+	case d.seen[number] > 1:
+		r.Doubled++
+	case number < d.highest:
+		r.Reordered++
+	}
+	d.first, d.highest = min(d.first, number), max(d.highest, number)
+	r.GapMicros = max(r.GapMicros, now.Sub(d.last).Microseconds())
+	d.last = now
+}
+
+// Result is what came until now.
+func (d *Datagrams) Result() DatagramResult {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	r := d.result
+	r.Sent = d.sent
+	if len(d.seen) > 0 {
+		r.Lost = int(d.highest-d.first) + 1 - len(d.seen)
+	}
+	return r
+}
+
+// Stop ends it.
+func (d *Datagrams) Stop() DatagramResult {
+	close(d.stop)
+	d.conn.Close()
+	d.done.Wait()
+	return d.Result()
+}

@@ -1,0 +1,393 @@
+// Package journey moves a guest with a failover pair from one host to another, on baton or on
+// QEMU, while a peer pings it and exchanges datagrams with it: for suites, bench and demo.
+//
+//	        ┌──────────────┐ peer: ping, datagrams, TCP
+//	        └──────┬───────┘
+//	───────────────┴───────┬──────────────────────────┬──────── wire
+//	                 host 0│                    host 1│
+//	             ┌─────── PF0 ──┐             ┌────── PF1 ──┐
+//	            VF             br-0          VF            br-1
+//	             └─ the guest ─ tap-0         └─ the guest ─ tap-1
+//	                        └────── migrates ──────^
+package journey
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"baton/tests/harness"
+	"baton/vmm/timeline"
+
+	"github.com/vishvananda/netlink"
+)
+
+// Addresses of the guest and of the peer.
+const (
+	GuestMAC = "52:54:00:99:00:03"
+	GuestIP  = "10.99.0.3"
+	PeerIP   = "10.99.0.2"
+	peerPort = 7001
+	pings    = 5 * time.Millisecond
+	udpRate  = 2000
+)
+
+// World is two hosts and a peer, on one wire.
+type World struct {
+	T     testing.TB
+	Peer  *harness.Peer
+	Hosts [2]Host
+	dir   string // for sockets: short
+	n     int    // machines so far
+}
+
+// Host is what stands for a host.
+type Host struct {
+	PF          harness.PF
+	VF          harness.VF
+	TAP, Bridge string
+}
+
+// NewWorld makes it in the nested host, until the test ends.
+func NewWorld(t testing.TB) *World {
+	t.Helper()
+	w := &World{T: t, Peer: harness.NewPeer(t, PeerIP+"/24")}
+	pfs := harness.PFs(t)
+	if len(pfs) < 2 {
+		t.Fatalf("%d SR-IOV NICs, want two", len(pfs))
+	}
+	dir, err := os.MkdirTemp("", "way")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	w.dir = dir
+	harness.Up(t, "lo")
+	for i := range w.Hosts {
+		h := &w.Hosts[i]
+		h.PF, h.TAP, h.Bridge = pfs[i], fmt.Sprintf("tap-%d", i), fmt.Sprintf("br-%d", i)
+		h.VF = h.PF.CreateVFs(t, 1)[0]
+		harness.Tap(t, h.TAP, 1)
+		harness.Bridge(t, h.Bridge, h.PF.Name, h.TAP)
+	}
+	return w
+}
+
+// Way is how a guest travels.
+type Way struct {
+	Name   string
+	VMM    string // "" is baton
+	Unplug string // baton's failover-unplug=; "": its default
+	Script bool   // QEMU: somebody takes the MAC from the VF at UNPLUG_PRIMARY
+	Memory int    // MiB, 0: 256
+	CPUs   int    // 0: 1
+	// Kernel is harness.Linux unless set.
+	Kernel func(t testing.TB, words ...string) []string
+	// Primary on each host, what -device takes; "" is the VF. None is "none".
+	Primary [2]string
+	Args    []string // further ones
+}
+
+// QEMU says whether it is.
+func (w Way) qemu() bool { return w.VMM != "" }
+
+// Machine is a VMM on one of the hosts.
+type Machine struct {
+	*harness.Guest
+	QMP  *harness.QMP
+	Log  *Recorder
+	Host int
+	URI  string // where it waits for a guest, if it does
+}
+
+// Start starts one. Ctx is for all that is said to it later.
+func (w *World) Start(ctx context.Context, way Way, host int, incoming bool) *Machine {
+	w.T.Helper()
+	w.n++
+	h := w.Hosts[host]
+	base := filepath.Join(w.dir, fmt.Sprint(w.n))
+	m := &Machine{Host: host, URI: "unix:" + base + ".mig"}
+	kernel := way.Kernel
+	if kernel == nil {
+		kernel = harness.Linux
+	}
+	args := append(kernel(w.T), "-m", fmt.Sprint(max(way.Memory, 256)-0), "-smp", fmt.Sprint(max(way.CPUs, 1)), "-nodefaults",
+		"-qmp", "unix:"+base+".qmp,server=on,wait=off", "-qmp", "unix:"+base+".log,server=on,wait=off",
+		"-device", "pcie-root-port,id=root1,chassis=1", "-device", "pcie-root-port,id=root2,chassis=2",
+		"-netdev", "tap,id=hostnet1,ifname="+h.TAP+",script=no,downscript=no,vhost=on",
+		"-device", "virtio-net-pci,netdev=hostnet1,id=net1,mac="+GuestMAC+",bus=root2,failover=on")
+	if way.Memory != 0 {
+		args[slices.Index(args, "-m")+1] = fmt.Sprint(way.Memory)
+	}
+	primary := way.Primary[host]
+	switch {
+	case primary == "none":
+		primary = ""
+	case primary != "":
+	case way.qemu():
+		h.VF.SetMAC(w.T, GuestMAC)
+		h.VF.BindVFIO(w.T)
+		primary = "vfio-pci,rombar=0,host=" + h.VF.PCI
+	default:
+		primary = "vfio-pci,bind=auto,pool=" + h.PF.Name
+	}
+	if primary != "" && way.Unplug != "" {
+		primary += ",failover-unplug=" + way.Unplug
+	}
+	if primary != "" {
+		args = append(args, "-device", primary+",id=hostdev0,bus=root1,failover_pair_id=net1")
+	}
+	if way.qemu() {
+		args = append(args, "-machine", "q35", "-enable-kvm", "-cpu", "host", "-display", "none")
+	}
+	if incoming {
+		args = append(args, "-incoming", "defer")
+	}
+	m.Guest = harness.Start(w.T, harness.GuestConfig{VMM: way.VMM, Args: append(args, way.Args...), Name: fmt.Sprintf("%s-%d", strings.ReplaceAll(way.Name, " ", "-"), w.n)})
+	m.QMP = harness.DialQMP(w.T, ctx, base+".qmp")
+	m.Log = record(w.T, ctx, base+".log")
+	m.QMP.Do("migrate-set-capabilities", map[string]any{"capabilities": []any{map[string]any{"capability": "events", "state": true}}})
+	if incoming {
+		m.QMP.Do("migrate-incoming", map[string]any{"uri": m.URI})
+	}
+	return m
+}
+
+// Boot starts a machine on host 0 and waits until its guest has its primary, if it is to have
+// one, and answers.
+func (w *World) Boot(ctx context.Context, way Way) *Machine {
+	w.T.Helper()
+	m := w.Start(ctx, way, 0, false)
+	m.Output(ctx, "@addr", "eth0", GuestIP+"/24")
+	if way.Primary[0] != "none" {
+		m.WaitPrimary(ctx)
+	}
+	w.Peer.Ping(ctx, GuestIP)
+	return m
+}
+
+// WaitPrimary waits until the guest's net_failover has a primary with a carrier.
+func (m *Machine) WaitPrimary(ctx context.Context) {
+	m.Output(ctx, "sh", "-c", "until [ \"$(cat /sys/class/net/eth2/carrier 2>/dev/null)\" = 1 ]; do usleep 2000; done")
+}
+
+// Trip is what became of one.
+type Trip struct {
+	Way            string
+	Source, Target []timeline.Event
+	Phases         []timeline.Phase
+	Plugged        float64 // seconds from the resume to the primary's carrier; 0: it has none
+	Status         string  // of the source
+	Error          string
+	Pings          harness.Pings
+	PingSeries     []timeline.Point // round trips in ms
+	In, Out        harness.DatagramResult
+	Rate           []timeline.Point // datagrams from the guest, a second
+	Query          json.RawMessage  // the source's query-migrate
+}
+
+// Phase is the length of a phase in seconds, -1 if it did not take place.
+func (t *Trip) Phase(name string) float64 {
+	for _, p := range t.Phases {
+		if p.Name == name {
+			return p.To - p.From
+		}
+	}
+	return -1
+}
+
+// Load starts what the peer and the guest do meanwhile.
+func (w *World) Load(ctx context.Context, m *Machine) *Load {
+	w.T.Helper()
+	l := &Load{w: w, pinger: w.Peer.Pinger(GuestIP, pings)}
+	local, guest := fmt.Sprintf("%s:%d", PeerIP, peerPort), fmt.Sprintf("%s:%d", GuestIP, peerPort)
+	if err := w.Peer.Do(func() (err error) {
+		l.udp, err = harness.StartDatagrams(local, guest, udpRate)
+		return err
+	}); err != nil {
+		w.T.Fatal(err)
+	}
+	m.Output(ctx, "@udp", guest, local, fmt.Sprint(udpRate))
+	l.udp.Settle(ctx)
+	return l
+}
+
+// Load is what is going on.
+type Load struct {
+	w      *World
+	pinger *harness.Pinger
+	udp    *harness.Datagrams
+}
+
+// Stop ends it; m is where the guest is.
+func (l *Load) Stop(ctx context.Context, m *Machine, t *Trip) {
+	t.Pings = l.pinger.Pings()
+	for _, p := range l.pinger.Series() {
+		t.PingSeries = append(t.PingSeries, timeline.Point{Time: p.At, Value: p.Millis})
+	}
+	l.pinger.Stop()
+	if err := json.Unmarshal([]byte(m.Output(ctx, "@udp-check")), &t.In); err != nil {
+		l.w.T.Error(err)
+	}
+	t.Out = l.udp.Stop()
+	for _, p := range l.udp.Rate() {
+		t.Rate = append(t.Rate, timeline.Point{Time: p.At, Value: p.Millis})
+	}
+}
+
+// Travel moves the guest of from to to, which waits for it, and waits until it has its primary
+// there. A migration that does not complete is no error.
+func (w *World) Travel(ctx context.Context, way Way, from, to *Machine) *Trip {
+	w.T.Helper()
+	t := &Trip{Way: way.Name}
+	load := w.Load(ctx, from)
+	if way.Script {
+		go func() {
+			if from.Log.Wait(ctx, "UNPLUG_PRIMARY", "") == nil {
+				if pf, err := netlink.LinkByName(w.Hosts[from.Host].PF.Name); err == nil {
+					_ = netlink.LinkSetVfHardwareAddr(pf, 0, make(net.HardwareAddr, 6))
+				}
+			}
+		}()
+	}
+	seen := len(from.Log.Events())
+	from.QMP.Do("migrate", map[string]any{"uri": to.URI})
+	t.Status = from.Log.WaitStatusAfter(ctx, seen, "completed", "failed", "cancelled")
+	t.Query = from.QMP.Do("query-migrate", nil)
+	here := from
+	if t.Status == "completed" {
+		here = to
+		if err := to.Log.Wait(ctx, "RESUME", ""); err != nil {
+			w.T.Fatal(err)
+		}
+		resumed := time.Now()
+		if way.Primary[to.Host] != "none" {
+			to.WaitPrimary(ctx)
+			t.Plugged = time.Since(resumed).Seconds()
+		}
+	}
+	w.Peer.Ping(ctx, GuestIP)
+	time.Sleep(500 * time.Millisecond) // for what comes late
+	load.Stop(ctx, here, t)
+	t.Source, t.Target = from.Log.Events(), to.Log.Events()
+	t.Phases = timeline.Phases(t.Source, t.Target)
+	return t
+}
+
+// String is the trip in one line.
+func (t *Trip) String() string {
+	var phases []string
+	for _, p := range t.Phases {
+		phases = append(phases, fmt.Sprintf("%s %.0f ms", p.Name, 1000*(p.To-p.From)))
+	}
+	return fmt.Sprintf("%s: %s; %s; primary after %.0f ms; ping %v; to the guest %+v; from the guest %+v",
+		t.Way, t.Status, strings.Join(phases, ", "), 1000*t.Plugged, t.Pings, t.In, t.Out)
+}
+
+// Recorder records all events of a QMP monitor.
+type Recorder struct {
+	mu     sync.Mutex
+	text   strings.Builder
+	events []timeline.Event
+	more   chan struct{}
+	err    error
+}
+
+func record(t testing.TB, ctx context.Context, path string) *Recorder {
+	t.Helper()
+	r := &Recorder{more: make(chan struct{})}
+	conn, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	if _, err := conn.Write([]byte(`{"execute":"qmp_capabilities"}` + "\n")); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		in := json.NewDecoder(conn)
+		for {
+			var line json.RawMessage
+			err := in.Decode(&line)
+			r.mu.Lock()
+			if err != nil {
+				r.err = err
+			} else if events, perr := timeline.ReadEvents(strings.NewReader(strings.ReplaceAll(string(line), "\n", " "))); perr == nil {
+				r.events = append(r.events, events...)
+			}
+			close(r.more)
+			r.more = make(chan struct{})
+			r.mu.Unlock()
+			if err != nil {
+				return
+			}
+		}
+	}()
+	return r
+}
+
+// Events are those until now.
+func (r *Recorder) Events() []timeline.Event {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.events)
+}
+
+// Wait waits for an event of that name, past or future, whose status or state is value, if that
+// is not "".
+func (r *Recorder) Wait(ctx context.Context, name, value string) error {
+	return r.find(ctx, 0, func(e timeline.Event) bool {
+		return e.Name == name && (value == "" || e.Data["status"] == value || e.Data["state"] == value)
+	})
+}
+
+// WaitStatusAfter waits for the first of these states of a migration among the events that
+// follow the first so many. It is "" if ctx ends before.
+func (r *Recorder) WaitStatusAfter(ctx context.Context, seen int, values ...string) (status string) {
+	err := r.find(ctx, seen, func(e timeline.Event) bool {
+		status, _ = e.Data["status"].(string)
+		return e.Name == "MIGRATION" && slices.Contains(values, status)
+	})
+	if err != nil {
+		return ""
+	}
+	return status
+}
+
+// Count is how many events of that name there were.
+func (r *Recorder) Count(name string) (n int) {
+	for _, e := range r.Events() {
+		if e.Name == name {
+			n++
+		}
+	}
+	return n
+}
+
+func (r *Recorder) find(ctx context.Context, seen int, is func(timeline.Event) bool) error {
+	for {
+		r.mu.Lock()
+		more, err := r.more, r.err
+		i := slices.IndexFunc(r.events[min(seen, len(r.events)):], is)
+		r.mu.Unlock()
+		switch {
+		case i >= 0:
+			return nil
+		case err != nil:
+			return err
+		}
+		select {
+		case <-more:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
