@@ -295,7 +295,6 @@ func (t *Trip) String() string {
 // Recorder records all events of a QMP monitor.
 type Recorder struct {
 	mu     sync.Mutex
-	text   strings.Builder
 	events []timeline.Event
 	more   chan struct{}
 	err    error
