@@ -212,6 +212,9 @@ https://example.com/apt stable main Example
 	if got, want := sourceEntries(targets), keys+"bookworm-backports main\n"+keys+"bookworm main\n"; got != want {
 		t.Errorf("entries\n%s, want\n%s", got, want)
 	}
+	if got := releases(targets, "qemu/"); !slices.Equal(got, []string{"qemu/bookworm-backports", "qemu/bookworm"}) {
+		t.Errorf("releases %q", got)
+	}
 	const uris = `Need to get 39.6 MB of source archives.
 'http://mirror/q/qemu_10.0.2.dsc' qemu_10.0.2.dsc 11887 SHA256:a9
 'http://mirror/q/qemu_10.0.2%2bds.orig.tar.xz' qemu_10.0.2+ds.orig.tar.xz 39449628 SHA256:09

@@ -58,17 +58,23 @@ func (e env) installQMPShell(ctx context.Context) error {
 	if _, err := apt("update"); err != nil {
 		return err
 	}
-	files, err := apt("source", "--print-uris", "qemu")
-	if err != nil {
-		return err
-	}
-	uri, hash := originalTar(files)
-	if uri == "" {
-		return fmt.Errorf("get qmp-shell: no source package of QEMU among these files:\n%s", files)
-	}
+	// The newest version that is really there: a mirror may be behind its own index.
 	const tar = "qemu.tar.xz"
-	if _, err := command("/usr/lib/apt/apt-helper", "-o", "APT::Sandbox::User=root", "download-file", uri, tar, hash); err != nil {
-		return err
+	var problems error
+	for _, version := range append([]string{"qemu"}, releases(targets, "qemu/")...) {
+		files, err := apt("source", "--print-uris", version)
+		if err == nil {
+			uri, hash := originalTar(files)
+			_, err = command("/usr/lib/apt/apt-helper", "-o", "APT::Sandbox::User=root", "download-file", uri, tar, hash)
+		}
+		if err == nil {
+			problems = nil
+			break
+		}
+		problems = errors.Join(problems, err)
+	}
+	if problems != nil {
+		return problems
 	}
 	out := filepath.Join(work, qmpShell)
 	if err := os.Mkdir(out, 0o755); err != nil {
@@ -78,6 +84,16 @@ func (e env) installQMPShell(ctx context.Context) error {
 		return err
 	}
 	return os.Rename(out, dir)
+}
+
+// releases lists the suites in the same lines, each after the prefix.
+func releases(targets, prefix string) (list []string) {
+	for line := range strings.Lines(targets) {
+		if f := strings.Fields(line); len(f) > 3 && f[2] == "main" && f[3] == "Debian" {
+			list = append(list, prefix+f[1])
+		}
+	}
+	return list
 }
 
 // sourceEntries makes one-line entries of source packages from lines of "URI suite component
