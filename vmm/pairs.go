@@ -398,7 +398,12 @@ const noDeadline = 365 * 24 * time.Hour
 
 // Withdraw is failover.Host.
 func (p *failoverPair) Withdraw() bool {
-	if !p.plugged || p.device.unplug != nil && p.device.unplug.del || !p.m.slotOf(p.primary).Withdraw() {
+	if !p.plugged || p.device.unplug != nil && p.device.unplug.del {
+		return false
+	}
+	slot := p.m.slotOf(p.primary)
+	refused := slot.State() == pci.SlotPresent || slot.State() == pci.SlotPlugging // by the guest
+	if !refused && !slot.Withdraw() {
 		return false
 	}
 	p.asking = false
@@ -444,6 +449,8 @@ func (p *failoverPair) slotChanged(state pci.SlotState) {
 		p.carrier.begins()
 	case state == pci.SlotEmpty && p.waiting != nil:
 		p.gone()
+	case state == pci.SlotEmpty: // which a plug may have failed for
+		p.Retry()
 	}
 }
 

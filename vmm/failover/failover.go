@@ -244,6 +244,13 @@ func (p *Pair) Return(done func(error)) {
 	finish(&p.left, ErrReturned)
 }
 
+// Retry tries now what has failed.
+func (p *Pair) Retry() {
+	if p.state == Failed {
+		p.settle()
+	}
+}
+
 // Taken says that a driver of the guest has the primary.
 func (p *Pair) Taken() {
 	p.taken, p.retries = true, 0

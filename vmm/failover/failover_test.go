@@ -270,6 +270,8 @@ func TestRetry(t *testing.T) {
 	if s := p.Status(); s.Retries != 8 || s.Why == nil {
 		t.Errorf("%+v", s)
 	}
+	p.Retry()
+	f.heard(t, "open", "failed>failed: group busy")
 	p.Return(back.done)
 	back.heard(t, 1, "group busy")
 	f.log, f.openErr, f.plugErr = nil, nil, errors.New("no room")

@@ -1,0 +1,113 @@
+package vmm
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"baton/vmm/failover"
+)
+
+// goes has the guest let go of its primary and arrive at the target.
+func (s *scripted) goes(d *scripted) {
+	s.t.Helper()
+	s.event("UNPLUG_PRIMARY", "")
+	s.ejects(2)
+	s.reaches("completed", "failed", "cancelled")
+	d.event("RESUME", "")
+	d.pair(failover.Plugging)
+}
+
+// Whatever keeps the primary from leaving: the guest goes on with it, and the next try succeeds.
+func TestRollback(t *testing.T) {
+	for _, c := range []struct {
+		name, options string
+		guest         func(s *scripted) // what it does when it is asked
+		why           string
+	}{
+		{"refuses", "failover-unplug=cooperative,failover-unplug-timeout=60000", func(s *scripted) {
+			for _, code := s.slotEvent(); code != 3; _, code = s.slotEvent() {
+			}
+			s.ost(2, 3, 0x82)
+		}, "it is busy in the guest"},
+		{"silent", "failover-unplug=cooperative,failover-unplug-timeout=500", func(*scripted) {}, "the guest has not let go of it in 500ms"},
+		{"begins and stops", "failover-unplug=cooperative,failover-unplug-timeout=500", func(s *scripted) {
+			for _, code := s.slotEvent(); code != 3; _, code = s.slotEvent() {
+			}
+		}, "the guest has not let go of it in 500ms"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := startPair(t, standby0+"on", primary0+"standby0,"+c.options)
+			s.probe("standby0").start(0)
+			s.shown(true, true)
+			s.watchMigration()
+			_, uri := target(t, both("on")...)
+			s.leaves(uri)
+			c.guest(s)
+			s.reaches("failed", "active", "completed")
+			if got := s.execute("query-migrate", nil); !strings.Contains(got, "unplug primary primary0: ") || !strings.Contains(got, c.why) {
+				t.Errorf("the reason: %s", got)
+			}
+			s.shown(true, true)
+			if c.name == "begins and stops" { // and goes on much later
+				s.eject(2)
+			}
+			s.pair(failover.Plugging)
+			s.shown(true, true)
+			d, uri := target(t, both("on")...)
+			s.execute("migrate", map[string]any{"uri": uri})
+			s.goes(d)
+		})
+	}
+}
+
+// A guest that says nothing loses its primary by surprise where that is allowed; so does one
+// that does not run, which finds an empty slot when it goes on.
+func TestSilentGuestMigrates(t *testing.T) {
+	for _, paused := range []bool{false, true} {
+		s := startPair(t, standby0+"on", primary0+"standby0,failover-unplug-timeout=100")
+		s.probe("standby0").start(0)
+		s.shown(true, true)
+		s.watchMigration()
+		d, uri := target(t, both("on")...)
+		if paused {
+			s.execute("stop", nil)
+		}
+		s.leaves(uri)
+		s.reaches("completed", "failed")
+		if paused {
+			d.execute("cont", nil)
+		}
+		d.event("RESUME", "")
+		for _, code := d.slotEvent(); code != 0; _, code = d.slotEvent() {
+		}
+		d.ost(2, 1, 0) // it has looked
+		d.pair(failover.Plugging)
+		d.shown(true, true)
+	}
+}
+
+// Steering that fails costs frames, not the migration.
+func TestSteeringFails(t *testing.T) {
+	script := filepath.Join(t.TempDir(), "steer")
+	if err := os.WriteFile(script, []byte("#!/bin/sh\nexit 1\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	steered := standby0 + "on,steer=script=" + script
+	s := startPair(t, steered, primary0+"standby0,failover-unplug-timeout=60000")
+	s.probe("standby0").start(0)
+	s.shown(true, true)
+	s.probe("primary0").msix(true)
+	s.pair(failover.Primary)
+	s.watchMigration()
+	d, uri := target(t, steered, primary0+"standby0")
+	s.execute("migrate", map[string]any{"uri": uri})
+	s.goes(d)
+	d.probe("primary0").msix(true)
+	d.pair(failover.Primary)
+	d.event("FAILOVER_SWITCHED", "") // at the resume
+	if got := d.event("FAILOVER_SWITCHED", ""); !strings.Contains(got, `"point":"plug","to":"primary"`) {
+		t.Error(got)
+	}
+}
