@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -500,4 +501,46 @@ func TestMigrateBusyOrIdle(t *testing.T) {
 			status(t, to, "running")
 		})
 	}
+}
+
+// baton migrate is all that a person needs.
+func TestMigrateCommand(t *testing.T) {
+	socket := filepath.Join(shortDir(t), "person")
+	m := new(mover)
+	m.source, m.from = startQMP(t, tiny.Kernel(t, tiny.Say("up\n"), tiny.Echo), "-smp", "2", "-qmp", "unix:"+socket+",server=on,wait=off")
+	m.source.WaitSerial(harness.Context(t, limit), "up")
+	capability(t, m.from, "events", "")
+	m.newTarget(t, "-smp", "2")
+	command := func(args ...string) (*exec.Cmd, *strings.Builder) {
+		out := new(strings.Builder)
+		cmd := exec.Command(harness.Baton(t), append([]string{"migrate", socket}, args...)...)
+		cmd.Stdout, cmd.Stderr = out, out
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		return cmd, out
+	}
+	cmd, out := command("unix:/nowhere")
+	if cmd.Wait(); cmd.ProcessState.ExitCode() != 1 || !strings.Contains(out.String(), "baton: migration failed: ") {
+		t.Errorf("exit code %d: %s", cmd.ProcessState.ExitCode(), out)
+	}
+	wait(t, m.from, "failed")
+	cmd, _ = command(m.uri, "pause-before-switchover=on", "max-bandwidth=1G")
+	wait(t, m.from, "pre-switchover")
+	if err := cmd.Process.Signal(syscall.SIGINT); err != nil {
+		t.Fatal(err)
+	}
+	cmd.Wait()
+	wait(t, m.from, "cancelled")
+	if code := cmd.ProcessState.ExitCode(); code != 130 {
+		t.Errorf("cancelled: exit code %d", code)
+	}
+	runsOn(t, m.source, m.from)
+	m.newTarget(t, "-smp", "2")
+	cmd, out = command(m.uri, "pause-before-switchover=off")
+	if cmd.Wait(); cmd.ProcessState.ExitCode() != 0 || !regexp.MustCompile(`(?m)^completed in \d.*, downtime \d+ ms \(pause `).MatchString(out.String()) {
+		t.Errorf("exit code %d: %s", cmd.ProcessState.ExitCode(), out)
+	}
+	wait(t, m.to, "completed")
+	runsOn(t, m.target, m.to)
 }

@@ -17,6 +17,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -216,6 +217,12 @@ func (m *machine) wait(t *testing.T, status string) {
 func (w *world) move(from *machine, host int, uri string) *machine {
 	w.t.Helper()
 	to := w.start(host, "-incoming", uri)
+	late := time.AfterFunc(limit, func() { // what they are at is in their logs then
+		for _, m := range []*machine{from, to} {
+			_ = syscall.Kill(m.PID(), syscall.SIGQUIT)
+		}
+	})
+	defer late.Stop()
 	from.qmp.Do("migrate", map[string]any{"uri": uri})
 	from.wait(w.t, "completed")
 	to.wait(w.t, "completed")
