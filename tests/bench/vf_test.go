@@ -1,0 +1,198 @@
+package bench
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"baton/tests/harness"
+)
+
+const (
+	vfMAC   = "52:54:00:88:00:09"
+	vfWorld = "10.88.0.2" // the peer, over the wire
+	vfGuest = "10.88.0.3"
+)
+
+// TestVF measures a VF that a running guest is given: what it carries, and how long it takes to
+// come and go.
+func TestVF(t *testing.T) {
+	if !harness.Nested() {
+		t.Skip("needs the nested host's NICs")
+	}
+	peer := harness.NewPeer(t, vfWorld+"/24")
+	vf := harness.PFs(t)[0].CreateVFs(t, 1)[0]
+	vf.SetMAC(t, vfMAC)
+	vf.BindVFIO(t)
+	results.notef("VF: an 82576's, hot-plugged into a root port; QEMU's ways are ACPI, its default, and native hot-plug; all times from the QMP command on")
+	for i := range runs {
+		list := contenders(t, "host")
+		native := list[1]
+		native.name = "QEMU-native"
+		native.args = append(slices.Clone(native.args), "-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off")
+		for _, c := range append(list, native) {
+			t.Run(fmt.Sprintf("%s/%d", c.name, i+1), func(t *testing.T) { measureVF(t, c, peer, vf) })
+		}
+	}
+}
+
+// measureVF measures one life of a guest.
+func measureVF(t *testing.T, c contender, peer *harness.Peer, vf harness.VF) {
+	scrub(t)
+	dir, err := os.MkdirTemp("", "vf") // short enough for a socket's name
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	sock := filepath.Join(dir, "qmp")
+	g := harness.Start(t, harness.GuestConfig{VMM: c.vmm, Args: append(slices.Clone(c.args),
+		"-m", fmt.Sprint(guestMiB), "-smp", "1",
+		"-kernel", harness.Image(t, "vmlinuz"), "-initrd", harness.Image(t, "test.cpio"), "-append", cmdline,
+		"-device", "pcie-root-port,id=r,chassis=1,slot=1", "-qmp", "unix:"+sock+",server=on,wait=off",
+	)})
+	ctx := harness.Context(t, 3*time.Minute)
+	g.Output(ctx, "true")
+	v := &vfLife{t: t, ctx: ctx, c: c, g: g, q: harness.DialQMP(t, ctx, sock), vf: vf}
+
+	native := c.name == "QEMU-native"
+	plugged := v.plug()
+	if !native {
+		record(t, c, "VF, plug to carrier", "ms", target{MaxRatio: 1}, plugged)
+		g.Output(ctx, "@addr", vfMAC, vfGuest+"/24")
+		t.Run("traffic", func(t *testing.T) { v.in(t).carry(peer) })
+	}
+	t.Run("unplug", func(t *testing.T) { v.in(t).comeAndGo(native) })
+}
+
+// vfLife is a guest that the VF comes and goes in.
+type vfLife struct {
+	t   *testing.T
+	ctx context.Context
+	c   contender
+	g   *harness.Guest
+	q   *harness.QMP
+	vf  harness.VF
+}
+
+// in is the same life for a subtest.
+func (v *vfLife) in(t *testing.T) *vfLife {
+	sub := *v
+	sub.t, sub.g = t, v.g.In(t)
+	return &sub
+}
+
+// comeAndGo measures how long each way out takes, and the way in.
+func (v *vfLife) comeAndGo(native bool) {
+	t, c := v.t, v.c
+	for i := range 3 {
+		took := v.unplug("")
+		if c.name != "QEMU" {
+			record(t, c, "VF, cooperative unplug, beside QEMU's native way", "ms", target{MaxRatio: 0.05}, took)
+		}
+		if native {
+			return // 6 s each
+		}
+		record(t, c, "VF, cooperative unplug, beside QEMU's ACPI way", "ms", target{MaxRatio: 0.5}, took)
+		plugged := v.plug()
+		record(t, c, "VF, plug to carrier", "ms", target{MaxRatio: 1}, plugged)
+		if c.name == "baton" {
+			f := results.figure("VF, surprise unplug, beside baton's cooperative one", "ms", target{MaxRatio: 1})
+			f.Peer = append(f.Peer, took)
+			took = v.unplug("surprise")
+			f.Baton = append(f.Baton, took)
+			t.Attr(c.name, fmt.Sprintf("surprise unplug: %s ms (%d)", number(took), i+1))
+			v.plug()
+		}
+	}
+}
+
+// plug gives it the VF, and returns how many ms it took until the guest had a link.
+func (v *vfLife) plug() float64 {
+	v.t.Helper()
+	v.g.Sh(v.ctx, "while grep -qs "+vfMAC+" /sys/class/net/*/address; do sleep 0.02; done") // the one that was pulled
+	carrier := make(chan error, 1)
+	go func() {
+		r, err := v.g.Run(v.ctx, "@carrier", vfMAC)
+		if err == nil && r.Exit != 0 {
+			err = fmt.Errorf("exit code %d: %s", r.Exit, r.Stderr)
+		}
+		carrier <- err
+	}()
+	v.g.Output(v.ctx, "true") // the other command is being waited for by now
+	which := map[string]any{"driver": "vfio-pci", "id": "vf0", "bus": "r", "host": v.vf.PCI}
+	start := time.Now()
+	_, err := v.q.Execute("device_add", which)
+	for err != nil && strings.Contains(err.Error(), "has not noticed") && v.ctx.Err() == nil {
+		start = time.Now()
+		_, err = v.q.Execute("device_add", which)
+	}
+	if err == nil {
+		err = <-carrier
+	}
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	return float64(time.Since(start).Microseconds()) / 1000
+}
+
+// unplug takes it away, and returns how many ms it took until all was released.
+func (v *vfLife) unplug(mode string) float64 {
+	v.t.Helper()
+	args := map[string]any{"id": "vf0"}
+	if mode != "" {
+		args["mode"] = mode
+	}
+	start := time.Now()
+	v.q.Do("device_del", args)
+	var data struct{ Device string }
+	for data.Device != "vf0" {
+		if err := json.Unmarshal(v.q.WaitEvent("DEVICE_DELETED").Data, &data); err != nil {
+			v.t.Fatal(err)
+		}
+	}
+	return float64(time.Since(start).Microseconds()) / 1000
+}
+
+// carry measures what the VF carries.
+func (v *vfLife) carry(peer *harness.Peer) {
+	peer.Ping(v.ctx, vfGuest) // both know each other's MAC
+	var ping struct {
+		Received int     `json:"received"`
+		RTT      []int64 `json:"rtt_us"`
+	}
+	decode(v.t, v.g.Output(v.ctx, "@ping", vfWorld, "100", "20"), &ping)
+	if ping.Received < 95 {
+		v.t.Errorf("%d of 100 pings were answered", ping.Received)
+	}
+	slices.Sort(ping.RTT)
+	record(v.t, v.c, "VF, ping, median", "us", target{MaxRatio: 1.03}, float64(ping.RTT[len(ping.RTT)/2]))
+
+	v.g.Output(v.ctx, "@tcp-serve", vfGuest+":5001")
+	server := exec.Command(nettool(v.t), "serve", vfWorld+":5001")
+	out, err := server.StdoutPipe()
+	if err == nil {
+		err = peer.Start(server)
+	}
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	defer func() { server.Process.Kill(); server.Wait() }()
+	if _, err := out.Read(make([]byte, 64)); err != nil { // its address: it listens
+		v.t.Fatalf("nettool: %v", err)
+	}
+	goal := target{MinRatio: 0.97}
+	from := v.g.Output(v.ctx, "@tcp-send", vfWorld+":5001", "1", "3")
+	record(v.t, v.c, "VF, TCP from the guest", "Mbit/s", goal, throughput(v.t, from))
+	to, err := peer.Run(v.ctx, nettool(v.t), "send", vfGuest+":5001", "1", "3")
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	record(v.t, v.c, "VF, TCP to the guest", "Mbit/s", goal, throughput(v.t, to))
+}
