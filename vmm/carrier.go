@@ -19,7 +19,7 @@ import (
 // does to the primary, at once, on the vCPU's thread that does it:
 //
 //	unplug   asked       copies to the standby's side, held: the primary still has them all
-//	         begins      what is held so far is forgotten
+//	         begins      what is held so far is forgotten, but for what may be in its ring
 //	         MSI-X off   to the standby; what is held goes to the guest
 //	plug     bus master  the VF has the MAC; copies to the standby's side, held
 //	         vectors     to the primary; what is held is sent there
@@ -210,9 +210,13 @@ func (c *carrier) begins() {
 	defer c.mu.Unlock()
 	if c.onFast && c.since.IsZero() {
 		c.since = time.Now()
-		c.net.Forget()
+		c.net.Forget(c.since.Add(-ringTime))
 	}
 }
+
+// ringTime is for how long a frame may lie in the primary's receive ring: its driver throws
+// away what is there when it lets go. What it has not is doubled, which costs less.
+const ringTime = 25 * time.Millisecond
 
 // stays says that the guest keeps the primary: it had all frames.
 func (c *carrier) stays() {

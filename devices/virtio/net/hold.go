@@ -110,10 +110,15 @@ func (k *holder) end() [][]byte {
 	return k.frames
 }
 
-func (k *holder) forget() {
+func (k *holder) forget(before time.Time) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.frames, k.came, k.bytes, k.dropped = nil, nil, 0, 0
+	n := 0
+	for n < len(k.frames) && k.came[n].Before(before) {
+		k.bytes -= len(k.frames[n])
+		n++
+	}
+	k.frames, k.came, k.dropped = k.frames[n:], k.came[n:], 0
 }
 
 // Hold has frames for the driver wait until Release or TakeHeld. What the driver sends is sent
@@ -134,12 +139,12 @@ func (n *Net) Hold() error {
 	return nil
 }
 
-// Forget throws away what is held so far: the driver got it in another way.
-func (n *Net) Forget() {
+// Forget throws away what has been held since before a time: the driver got it in another way.
+func (n *Net) Forget(before time.Time) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	for _, k := range n.held {
-		k.forget()
+		k.forget(before)
 	}
 }
 

@@ -66,7 +66,7 @@ func TestHold(t *testing.T) {
 			}
 			number(host, 50, 60)
 			waitHeld(t, n, 10)
-			n.Forget()
+			n.Forget(time.Now())
 			number(host, 3, 100)
 			waitHeld(t, n, 97)
 			transmit(tx, make([]byte, 12), taptest.Frame(1, 100)) // is not held
