@@ -21,7 +21,8 @@ import (
 //	unplug   asked       copies to the standby's side, held: the primary still has them all
 //	         begins      what is held so far is forgotten, but for what may be in its ring
 //	         MSI-X off   to the standby; what is held goes to the guest
-//	plug     bus master  the VF has the MAC; copies to the standby's side, held
+//	plug     bus master  the VF has the MAC; copies to the standby's side
+//	         MSI-X on    which are held
 //	         vectors     to the primary; what is held is sent there
 //
 // Linux drops what comes by the standby while a primary is registered (net_failover,
@@ -102,9 +103,12 @@ func (c *carrier) used(u pci.Use) {
 		c.since = time.Time{} // it goes on
 	case u.Unmasked:
 		c.toPrimary()
-	case u.Master && !c.priming:
+	case u.Master || u.Enabled:
 		c.prime()
-	case !u.Master && c.priming:
+		if u.Enabled && c.since.IsZero() {
+			c.holdForPrimary()
+		}
+	case c.priming:
 		c.toStandby()
 	}
 }
@@ -128,13 +132,21 @@ func (c *carrier) begun() {
 	}
 }
 
-// prime is for a primary whose driver begins to look at it.
+// prime is for a primary whose driver begins to look at it: it reads the MAC.
 func (c *carrier) prime() {
+	if c.priming {
+		return
+	}
 	c.priming = true
-	c.since = time.Now()
-	c.warn(c.net.Hold())
 	c.do(steer.Both)
 	c.do(steer.GiveMAC)
+}
+
+// holdForPrimary is for a primary whose driver is about to have the guest take frames from it
+// alone.
+func (c *carrier) holdForPrimary() {
+	c.since = time.Now()
+	c.warn(c.net.Hold())
 	began := c.since
 	time.AfterFunc(virtionet.HoldTime, func() { // a driver that takes that long: on with the standby
 		c.mu.Lock()

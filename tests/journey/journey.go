@@ -37,7 +37,7 @@ const (
 	PeerIP   = "10.99.0.2"
 	peerPort = 7001
 	pings    = 5 * time.Millisecond
-	udpRate  = 2000
+	udpRate  = 500
 )
 
 // World is two hosts and a peer, on one wire.
@@ -89,6 +89,7 @@ type Way struct {
 	Script bool   // QEMU: somebody takes the MAC from the VF at UNPLUG_PRIMARY
 	Memory int    // MiB, 0: 256
 	CPUs   int    // 0: 1
+	Rate   int    // datagrams a second each way, 0: 500; an emulated host has no time for many more
 	// Kernel is harness.Linux unless set.
 	Kernel func(t testing.TB, words ...string) []string
 	// Primary on each host, what -device takes; "" is the VF. None is "none".
@@ -205,17 +206,20 @@ func (t *Trip) Phase(name string) float64 {
 }
 
 // Load starts what the peer and the guest do meanwhile.
-func (w *World) Load(ctx context.Context, m *Machine) *Load {
+func (w *World) Load(ctx context.Context, m *Machine, rate int) *Load {
 	w.T.Helper()
+	if rate == 0 {
+		rate = udpRate
+	}
 	l := &Load{w: w, pinger: w.Peer.Pinger(GuestIP, pings)}
 	local, guest := fmt.Sprintf("%s:%d", PeerIP, peerPort), fmt.Sprintf("%s:%d", GuestIP, peerPort)
 	if err := w.Peer.Do(func() (err error) {
-		l.udp, err = harness.StartDatagrams(local, guest, udpRate)
+		l.udp, err = harness.StartDatagrams(local, guest, rate)
 		return err
 	}); err != nil {
 		w.T.Fatal(err)
 	}
-	m.Output(ctx, "@udp", guest, local, fmt.Sprint(udpRate))
+	m.Output(ctx, "@udp", guest, local, fmt.Sprint(rate))
 	l.udp.Settle(ctx)
 	return l
 }
@@ -248,7 +252,7 @@ func (l *Load) Stop(ctx context.Context, m *Machine, t *Trip) {
 func (w *World) Travel(ctx context.Context, way Way, from, to *Machine) *Trip {
 	w.T.Helper()
 	t := &Trip{Way: way.Name}
-	load := w.Load(ctx, from)
+	load := w.Load(ctx, from, way.Rate)
 	if way.Script {
 		go func() {
 			if from.Log.Wait(ctx, "UNPLUG_PRIMARY", "") == nil {

@@ -73,11 +73,11 @@ func TestOneSided(t *testing.T) {
 
 // TestToAndFro does it again and again; the long form 50 times.
 func TestToAndFro(t *testing.T) {
-	n := 4
+	n, rate := 4, 0
 	if os.Getenv("BATON_LONG") != "" {
-		n = 50
+		n, rate = 50, 2000
 	}
-	way := journey.Way{Name: "to and fro"}
+	way := journey.Way{Name: "to and fro", Rate: rate}
 	ctx := harness.Context(t, time.Duration(n+3)*30*time.Second)
 	w := journey.NewWorld(t)
 	there := w.Boot(ctx, way)
