@@ -13,6 +13,8 @@ type BAR struct {
 	Is64         bool   // takes two registers
 	Prefetchable bool   // reads have no side effects; with Is64, may be placed above 4 GiB behind a port
 	Device       devices.BusDevice
+	// Gone answers after the function was pulled, until the guest knows; nil: all ones.
+	Gone devices.BusDevice
 	// Mapped, which may be nil, is told after the range starting at base was mapped (on)
 	// or unmapped; a move is both. See the package comment for what it may not do.
 	Mapped func(base uint64, on bool)

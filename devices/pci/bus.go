@@ -3,6 +3,8 @@ package pci
 import (
 	"fmt"
 	"strings"
+
+	"baton/devices"
 )
 
 // Function is a PCI function: what a bus holds.
@@ -29,6 +31,8 @@ type Bus struct {
 	rc   *RootComplex // nil until its port is added
 	port *RootPort    // nil for the root bus
 	fns  []Function   // by slot*8+function, guarded by the root complex's lock
+
+	ghosts []devices.Range // of functions that were pulled; the same
 }
 
 // Port is the root port that the bus is behind, nil for the root bus.
@@ -126,15 +130,41 @@ func (b *Bus) Remove(f Function) error {
 	return nil
 }
 
-// clear is Remove for all functions behind a port.
-func (b *Bus) clear() []Function {
+// clear is Remove for all functions behind a port. With ghosts, what answers in their place
+// stays behind, until exorcise.
+func (b *Bus) clear(ghosts bool) []Function {
 	b.rc.mu.Lock()
 	defer b.rc.mu.Unlock()
 	fns := b.functions()
 	for _, f := range fns {
+		var gone []bar
+		for _, bar := range f.Config().bars {
+			if ghosts && bar != nil && bar.mapped && bar.Gone != nil {
+				gone = append(gone, *bar)
+			}
+		}
 		b.remove(f)
+		for _, bar := range gone {
+			r := devices.Range{Base: bar.base, Size: bar.Size}
+			if b.rc.mmio.Insert(r, bar.name+" (gone)", bar.Gone) == nil {
+				b.ghosts = append(b.ghosts, r)
+			}
+		}
 	}
 	return fns
+}
+
+// exorcise removes what clear has left behind.
+func (b *Bus) exorcise() {
+	b.rc.mu.Lock()
+	defer b.rc.mu.Unlock()
+	for _, r := range b.ghosts {
+		_ = b.rc.mmio.Remove(r) // it is there
+	}
+	if b.ghosts != nil {
+		b.ghosts = nil
+		b.rc.decode() // what they were in the way of
+	}
 }
 
 // remove is Remove with the root complex's lock held.

@@ -149,6 +149,7 @@ func (s *Slot) Plug(f Function) (err error) {
 			err = fmt.Errorf("plug %s: the slot of %s is %s", f.Config().id, s.port.c.id, s.describe())
 			return
 		}
+		s.port.secondary.exorcise()
 		if err = s.port.secondary.add(0, 0, f); err != nil {
 			return
 		}
@@ -214,7 +215,7 @@ func (s *Slot) Withdraw() (done bool) {
 
 // pull takes the device off the bus. Unaware says that the guest does not know yet.
 func (s *Slot) pull(after *then, unaware bool) {
-	s.draining = append(s.draining, s.port.secondary.clear()...)
+	s.draining = append(s.draining, s.port.secondary.clear(unaware)...)
 	s.state, s.unaware, s.eject, s.asked = SlotDraining, unaware, false, false
 	if s.native() && s.indicator == indicatorOff {
 		s.unaware = false // it does not use what is in there
@@ -251,6 +252,7 @@ func (s *Slot) drained() {
 func (s *Slot) settle() {
 	if s.state == SlotDraining && s.draining == nil && !s.unaware {
 		s.state = SlotEmpty
+		s.port.secondary.exorcise()
 	}
 }
 
@@ -307,6 +309,7 @@ func (s *Slot) reset() {
 			s.state = SlotPresent
 		}
 		s.unaware = false
+		s.port.secondary.exorcise()
 		s.settle()
 	})
 }
@@ -315,7 +318,8 @@ func (s *Slot) reset() {
 // is told.
 func (s *Slot) Take() {
 	s.locked(func(*then) {
-		s.port.secondary.clear()
+		s.port.secondary.clear(false)
+		s.port.secondary.exorcise()
 		s.port.show(false)
 		s.setIndicator(indicatorOff)
 		s.state, s.unaware, s.check, s.eject, s.asked = SlotEmpty, false, false, false, false

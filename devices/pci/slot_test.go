@@ -5,6 +5,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"baton/devices"
 )
 
 // slotMachine is a machine with one slot, which records what the slot says.
@@ -305,4 +307,48 @@ func TestSlotBlock(t *testing.T) {
 	m.writeBlock(0, 1)
 	m.writeBlock(5, 1)
 	m.want(SlotPlugging)
+}
+
+// What answers for a device that was pulled stays until the guest knows.
+func TestSlotGhost(t *testing.T) {
+	const at = 0xc800_0000
+	pull := func(t *testing.T) *slotMachine {
+		m := newSlotMachine(t, RootPortConfig{})
+		f := newFunction(t, "f", 0)
+		f.setBAR(t, 4, BAR{Size: 64 * kib, Is64: true, Device: marker(1), Gone: marker(0)})
+		m.plug(f)
+		m.port.c.setWindows(devices.Range{Base: at, Size: mib}, devices.Range{})
+		a := NewBDF(1, 0, 0)
+		m.write32(a, regBAR+16, at)
+		m.write16(a, regCommand, commandMemory)
+		m.wantEvent(check1)
+		m.writeBlock(8, done1)
+		if m.at(at) != 1 {
+			t.Fatalf("the BAR reads %#x", m.at(at))
+		}
+		m.ask(Surprise)
+		if m.at(at) != 0 || m.vendor() != ^uint32(0) {
+			t.Errorf("after the pull the BAR reads %#x, the vendor %#x", m.at(at), m.vendor())
+		}
+		return m
+	}
+	for name, end := range map[string]func(m *slotMachine){
+		"noticed": func(m *slotMachine) { m.drained(); m.wantEvent(check1); m.writeBlock(8, done1) },
+		"reset": func(m *slotMachine) {
+			if err := m.Reset(); err != nil {
+				t.Error(err)
+			}
+			m.drained()
+		},
+		"taken": func(m *slotMachine) { m.drained(); m.port.Slot().Take() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := pull(t)
+			end(m)
+			m.want(SlotEmpty, "ejected f")
+			if m.at(at) != 0xff || len(m.claims()) != 1 { // the port's own
+				t.Errorf("the BAR reads %#x, claims %v", m.at(at), m.claims())
+			}
+		})
+	}
 }

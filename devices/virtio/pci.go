@@ -153,7 +153,7 @@ func NewPCI(dev Device, o PCIOptions) (_ *PCI, err error) {
 	end := p.msix.Window().End()
 	p.size = 1 << bits.Len64(end-1)
 	p.bells = bells{PCI: p}
-	err = p.config.SetBAR(barIndex, pci.BAR{Size: p.size, Is64: true, Prefetchable: true, Device: window{p}, Mapped: p.bells.mapped})
+	err = p.config.SetBAR(barIndex, pci.BAR{Size: p.size, Is64: true, Prefetchable: true, Device: window{p}, Gone: zeros{}, Mapped: p.bells.mapped})
 	if err != nil {
 		return nil, err
 	}
@@ -209,6 +209,13 @@ func (p *PCI) interrupt(vector *atomic.Uint32, isr uint32) {
 	}
 	p.isr.Or(isr)
 }
+
+// zeros answers for a device that was pulled. Linux resets the device as it lets go of it, and
+// waits for ever for a status of 0.
+type zeros struct{}
+
+func (zeros) Read(_ uint64, b []byte) { clear(b) }
+func (zeros) Write(uint64, []byte)    {}
 
 // window answers the BAR. What no structure understands reads all ones; a write is dropped.
 type window struct{ *PCI }

@@ -69,7 +69,7 @@ func TestCycles(t *testing.T) {
 		var took time.Duration
 		for i := range n {
 			w := use[i%len(use)]
-			v.read(v.plugDisk(w.bus), w.mode)
+			v.read(v.plugDisk(w.bus), w)
 			took += v.unplug("disk0", w.mode)
 			v.gone(w, "[ -e /sys/block/vda ]")
 			name := v.plugNIC(w.bus)
