@@ -199,6 +199,9 @@ func (t *Target) sourceKnows() {
 func (t *Target) Run() error {
 	defer t.greets.Wait()
 	defer t.cancel(nil)
+	p := newPrefault(t.m.Memory())
+	t.sink.Coming = p.coming
+	t.greets.Go(func() { p.run(t.ctx.Done()) })
 	context.AfterFunc(t.ctx, func() { _ = t.l.Close() })
 	t.greets.Add(1)
 	go t.accept()

@@ -184,8 +184,8 @@ type Sink struct {
 	Memory *guestmem.Memory
 	// Written are pages that were received at least once: those that need not be zero.
 	Written *guestmem.Bitmap
-	// Prepare, if not nil, is called before a window of guest memory is written to.
-	Prepare func(window []byte)
+	// Coming, if not nil, is called before n bytes at gpa are written to.
+	Coming func(gpa, n uint64)
 }
 
 // window is where a run goes, if it is RAM.
@@ -274,8 +274,8 @@ func (c *Conn) ReadPages(h Header, s *Sink) (normal, zero uint64, err error) {
 			s.clear(gpa, b)
 			continue
 		}
-		if s.Prepare != nil {
-			s.Prepare(b)
+		if s.Coming != nil {
+			s.Coming(gpa, uint64(len(b)))
 		}
 		s.Written.Set(gpa, uint64(len(b)))
 		if data != nil {

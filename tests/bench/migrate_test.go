@@ -43,9 +43,11 @@ type migration struct {
 	Status string
 	Error  string  `json:"error-desc"`
 	Total  float64 `json:"total-time"` // ms
+	Setup  float64 `json:"setup-time"`
 	Down   float64 `json:"downtime"`
 	RAM    struct {
 		Transferred float64 // bytes
+		NormalBytes float64 `json:"normal-bytes"`
 		DirtySyncs  float64 `json:"dirty-sync-count"`
 	}
 }
@@ -84,21 +86,10 @@ func measureMigration(t *testing.T, c contender, peer *harness.Peer, name string
 	began := time.Now()
 	pings := peer.Pinger(guestAddr, time.Millisecond)
 	from.Do("migrate", map[string]any{"uri": uri})
-	for ended := false; !ended; {
-		var data struct{ Status string }
-		decode(t, string(from.WaitEvent("MIGRATION").Data), &data)
-		switch data.Status {
-		case "failed", "cancelled":
-			t.Fatalf("migration %s: %s", data.Status, from.Do("query-migrate", nil))
-		case "completed":
-			ended = true
-		}
-	}
+	m := migrationEnd(t, from)
 	peer.Ping(ctx, guestAddr)
 	pings.Stop()
 	seen := pings.Pings()
-	var m migration
-	decode(t, string(from.Do("query-migrate", nil)), &m)
 	if dirty > 0 {
 		decode(t, there.Output(ctx, "@stamp-check"), &after)
 		t.Logf("%s dirties %.1f MiB/s", c.name, (after.Writes-before.Writes)/256/time.Since(began).Seconds())

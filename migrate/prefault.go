@@ -1,0 +1,108 @@
+package migrate
+
+import (
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"baton/kvm/guestmem"
+)
+
+// prefault has the kernel find, and clear, the pages for guest memory that is about to come: that
+// costs more than to receive it. Only what follows what came is touched, so that RAM
+// of zeros stays free, and by another thread, so that it is paid for beside the network.
+type prefault struct {
+	regions []guestmem.Region
+	blocks  [][]atomic.Uint32 // of each region: see below
+	queue   chan []byte
+	state   chan *atomic.Uint32 // of what is in queue, in the same order
+
+	mu   sync.Mutex
+	done *sync.Cond // a block has become there
+}
+
+// States of a block.
+const (
+	absent  = iota
+	queued  // for the other thread
+	working // by it
+	there   // or on the way to be, by who receives it
+)
+
+const (
+	hugePage = 2 << 20 // the unit, in bytes: what the kernel may map at once
+	ahead    = 6       // blocks that are prepared
+	bulk     = 64 << 10
+)
+
+func newPrefault(m *guestmem.Memory) *prefault {
+	p := &prefault{regions: m.Regions(), queue: make(chan []byte, 4*ahead), state: make(chan *atomic.Uint32, 4*ahead)}
+	p.done = sync.NewCond(&p.mu)
+	for _, r := range p.regions {
+		p.blocks = append(p.blocks, make([]atomic.Uint32, (r.Size+hugePage-1)/hugePage))
+	}
+	return p
+}
+
+// run works until the channel is closed.
+func (p *prefault) run(stop <-chan struct{}) {
+	for {
+		select {
+		case b := <-p.queue:
+			s := <-p.state
+			if s.CompareAndSwap(queued, working) {
+				_ = unix.Madvise(b, unix.MADV_POPULATE_WRITE) // Linux 5.14; without, the receiver waits
+				p.mu.Lock()
+				s.Store(there)
+				p.mu.Unlock()
+				p.done.Broadcast()
+			}
+		case <-stop:
+			return
+		}
+	}
+}
+
+// coming is called before the n bytes at gpa, of one region, are written.
+func (p *prefault) coming(gpa, n uint64) {
+	for i, r := range p.regions {
+		off := gpa - r.GPA
+		if off >= r.Size {
+			continue
+		}
+		first, last := off/hugePage, (off+n-1)/hugePage
+		if n >= bulk {
+			for b := last + 1; b <= last+ahead && b < uint64(len(p.blocks[i])); b++ {
+				p.prepare(i, b)
+			}
+		}
+		for b := first; b <= last; b++ {
+			s := &p.blocks[i][b]
+			if s.Load() == there || s.CompareAndSwap(absent, there) || s.CompareAndSwap(queued, there) {
+				continue
+			}
+			p.mu.Lock()
+			for s.Load() == working {
+				p.done.Wait()
+			}
+			p.mu.Unlock()
+		}
+	}
+}
+
+// prepare queues a block, if nobody has.
+func (p *prefault) prepare(region int, b uint64) {
+	s := &p.blocks[region][b]
+	if s.Load() != absent {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.queue) == cap(p.queue) || !s.CompareAndSwap(absent, queued) {
+		return
+	}
+	r := p.regions[region]
+	p.queue <- r.Host[b*hugePage : min((b+1)*hugePage, r.Size)]
+	p.state <- s
+}

@@ -1,0 +1,133 @@
+package bench
+
+import (
+	"encoding/binary"
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"baton/tests/harness"
+	"baton/tests/tiny"
+)
+
+// fill writes to each page of the MiB from 16 on, so that all of them have to be sent.
+func fill(mib int) tiny.Code {
+	const pagesOfMiB = 256
+	c := binary.LittleEndian.AppendUint32(tiny.Code{0xbf}, 16<<20)                     //     mov $16 MiB, %edi
+	c = binary.LittleEndian.AppendUint32(append(c, 0xb9), uint32(mib)*pagesOfMiB)      //     mov $pages, %ecx
+	return append(c, 0x89, 0x3f, 0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, 0x49, 0x75, 0xf5) // 1: mov %edi, (%edi); add $4096, %edi; dec %ecx; jnz 1b
+}
+
+// fillForEver does that over and over.
+func fillForEver(mib int) tiny.Code {
+	c := fill(mib)
+	return append(c, 0xe9, byte(-len(c)-5), 0xff, 0xff, 0xff) // jmp to the beginning
+}
+
+// TestMigrateHere measures moves of a guest of a few instructions over the loopback interface: on
+// any KVM, the machine's own included, so that what is measured is the VMM and not the
+// emulation below it.
+func TestMigrateHere(t *testing.T) {
+	if _, err := os.Stat("/dev/kvm"); err != nil {
+		t.Skip(err)
+	}
+	const mib = 2560
+	idle := tiny.Kernel(t, fill(mib), tiny.Say("up"), tiny.Halt)
+	results.notef("tiny guests: %d MiB written, 1 vCPU, tcp over lo, no limit of bandwidth, downtime-limit 300 ms", mib)
+	for i := range migrateRuns {
+		for _, channels := range []int{0, 1, 2, 4} {
+			for _, c := range contenders(t, "host,-arch-capabilities") {
+				t.Run(fmt.Sprintf("%d channels/%s/%d", channels, c.name, i+1), func(t *testing.T) {
+					m := moveTiny(t, c, idle, mib+140, channels)
+					name, goal := fmt.Sprintf("migration here, %d channels, ", channels), target{MinRatio: 1.3}
+					if channels == 0 {
+						name, goal = "migration here, ", target{MinRatio: 2.5}
+					}
+					record(t, c, name+"RAM rate", "GB/s", goal, m.RAM.NormalBytes/1e6/(m.Total-m.Setup))
+					record(t, c, name+"stop", "ms", atMost(0.5), m.Down)
+				})
+			}
+		}
+	}
+	for i := range migrateRuns {
+		busy := tiny.Kernel(t, fill(256), tiny.Say("up"), fillForEver(16))
+		for _, c := range contenders(t, "host,-arch-capabilities") {
+			t.Run(fmt.Sprintf("busy/%s/%d", c.name, i+1), func(t *testing.T) {
+				m := moveTiny(t, c, busy, 512, 0)
+				record(t, c, "migration here, 256 MiB, 16 MiB of it written all the time, total time", "ms", target{}, m.Total)
+				record(t, c, "migration here, 256 MiB, 16 MiB of it written all the time, stop", "ms", atMost(0.5), m.Down)
+			})
+		}
+	}
+}
+
+// TestMigrateGrowth shows how the total time grows with RAM, of which 256 MiB are written: what is
+// left is the cost of looking at it, and of the dirty log.
+func TestMigrateGrowth(t *testing.T) {
+	if _, err := os.Stat("/dev/kvm"); err != nil {
+		t.Skip(err)
+	}
+	kernel := tiny.Kernel(t, fill(256), tiny.Say("up"), tiny.Halt)
+	for i := range migrateRuns {
+		for _, gib := range []int{1, 2, 4, 8, 16} {
+			for _, c := range contenders(t, "host,-arch-capabilities") {
+				t.Run(fmt.Sprintf("%d GiB/%s/%d", gib, c.name, i+1), func(t *testing.T) {
+					m := moveTiny(t, c, kernel, gib<<10, 0)
+					record(t, c, fmt.Sprintf("migration here, %2d GiB, 256 MiB written, total time", gib), "ms", atMost(1), m.Total)
+				})
+			}
+		}
+	}
+}
+
+// moveTiny moves a guest that says up when it may be moved.
+func moveTiny(t *testing.T, c contender, kernel string, mib, channels int) migration {
+	dir, err := os.MkdirTemp("", "bench") // short enough for a socket
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	start := func(name string, more ...string) (*harness.Guest, *harness.QMP) {
+		socket := filepath.Join(dir, name)
+		args := append(c.args[:len(c.args):len(c.args)], "-m", fmt.Sprint(mib), "-qmp", "unix:"+socket+",server=on,wait=off", "-kernel", kernel)
+		g := harness.Start(t, harness.GuestConfig{Name: name, VMM: c.vmm, NoAgent: true, Args: append(args, more...)})
+		q := harness.DialQMP(t, harness.Context(t, time.Minute), socket)
+		caps := []any{map[string]any{"capability": "events", "state": true}}
+		if channels > 0 {
+			caps = append(caps, map[string]any{"capability": "multifd", "state": true})
+			q.Do("migrate-set-parameters", map[string]any{"multifd-channels": channels})
+		}
+		q.Do("migrate-set-capabilities", map[string]any{"capabilities": caps})
+		q.Do("migrate-set-parameters", map[string]any{"max-bandwidth": 100 << 30})
+		return g, q
+	}
+	source, from := start("source")
+	source.WaitSerial(harness.Context(t, time.Minute), "up")
+	_, to := start("target", "-incoming", "defer")
+	const uri = "tcp:127.0.0.1:4498"
+	to.Do("migrate-incoming", map[string]any{"uri": uri})
+	from.Do("migrate", map[string]any{"uri": uri})
+	m := migrationEnd(t, from)
+	t.Logf("%s: %s", c.name, from.Do("query-migrate", nil))
+	from.Do("quit", nil)
+	to.Do("quit", nil)
+	return m
+}
+
+// migrationEnd waits for a migration's end.
+func migrationEnd(t *testing.T, q *harness.QMP) (m migration) {
+	t.Helper()
+	for {
+		var data struct{ Status string }
+		decode(t, string(q.WaitEvent("MIGRATION").Data), &data)
+		switch data.Status {
+		case "failed", "cancelled":
+			t.Fatalf("migration %s: %s", data.Status, q.Do("query-migrate", nil))
+		case "completed":
+			decode(t, string(q.Do("query-migrate", nil)), &m)
+			return m
+		}
+	}
+}
