@@ -122,15 +122,15 @@ func (b *Bitmap) Runs() iter.Seq2[uint64, uint64] { return b.RunsIn(0, ^uint64(0
 func (b *Bitmap) RunsIn(base, size uint64) iter.Seq2[uint64, uint64] {
 	return func(yield func(gpa, n uint64) bool) {
 		for _, r := range b.regions {
-			first, count := uint64(0), r.count
+			first := uint64(0)
 			if base > r.gpa {
 				first = (base - r.gpa + PageSize - 1) / PageSize
 			}
-			if end := base + size; end >= base && end < r.gpa+count*PageSize {
-				count = (max(end, r.gpa) - r.gpa) / PageSize
+			if end := base + size; end >= base && end < r.gpa+r.count*PageSize {
+				r.count = (max(end, r.gpa) - r.gpa) / PageSize // of this copy: look no further
 			}
-			for page := r.next(first, 0); page < count; {
-				end := min(r.next(page+1, ^uint64(0)), count)
+			for page := r.next(first, 0); page < r.count; {
+				end := r.next(page+1, ^uint64(0))
 				if !yield(r.gpa+page*PageSize, (end-page)*PageSize) {
 					return
 				}
