@@ -108,7 +108,7 @@ func (h Header) put(b []byte) {
 // Checksum makes the checksums of a header right for a payload of the length that it has, for
 // tests that want to be heard.
 func Checksum(header, payload []byte) {
-	le.PutUint32(header[8:], crc32.Checksum(payload, castagnoli))
+	le.PutUint32(header[8:], updateCRC(0, payload))
 	le.PutUint32(header[12:], crc32.Checksum(header[:12], castagnoli))
 }
 
@@ -291,7 +291,7 @@ func (c *Conn) Write(t Type, v any) error {
 		return fmt.Errorf("%s frame: %d bytes, at most %d", t, len(payload), t.limit())
 	}
 	b := make([]byte, headerSize, headerSize+len(payload))
-	Header{t, uint32(len(payload)), crc32.Checksum(payload, castagnoli)}.put(b)
+	Header{t, uint32(len(payload)), updateCRC(0, payload)}.put(b)
 	return c.writeAll(append(b, payload...))
 }
 
@@ -322,7 +322,7 @@ func (c *Conn) ReadMessage(h Header, v any) error {
 	if _, err := io.CopyN(&b, c, int64(h.Length)); err != nil {
 		return fmt.Errorf("%s frame: %w", h.Type, noEOF(err))
 	}
-	if crc32.Checksum(b.Bytes(), castagnoli) != h.crc {
+	if updateCRC(0, b.Bytes()) != h.crc {
 		return corrupt("checksum of a %s frame", h.Type)
 	}
 	if v == nil {

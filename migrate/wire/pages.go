@@ -3,7 +3,6 @@ package wire
 import (
 	"bytes"
 	"fmt"
-	"hash/crc32"
 	"io"
 
 	"github.com/klauspost/compress/s2"
@@ -166,7 +165,7 @@ func (b *Batch) Send(c *Conn) error {
 		out = append(out[:start], b.data...)
 	}
 	payload := out[headerSize:]
-	Header{TypePages, uint32(len(payload)), crc32.Checksum(payload, castagnoli)}.put(out)
+	Header{TypePages, uint32(len(payload)), updateCRC(0, payload)}.put(out)
 	b.runs, b.data, b.pages, b.nzero = b.runs[:0], b.data[:0], 0, 0
 	return c.writeAll(out)
 }
@@ -236,7 +235,7 @@ func (c *Conn) ReadPages(h Header, s *Sink) (normal, zero uint64, err error) {
 	if err := c.readFull(c.unpack.runs); err != nil {
 		return 0, 0, noEOF(err)
 	}
-	crc := crc32.Update(crc32.Checksum(head[:], castagnoli), castagnoli, c.unpack.runs)
+	crc := updateCRC(updateCRC(0, head[:]), c.unpack.runs)
 
 	// Look at all runs before any is written.
 	sum, filled := uint64(0), 0
@@ -261,7 +260,7 @@ func (c *Conn) ReadPages(h Header, s *Sink) (normal, zero uint64, err error) {
 		if err := c.readFull(c.unpack.in); err != nil {
 			return 0, 0, noEOF(err)
 		}
-		if crc = crc32.Update(crc, castagnoli, c.unpack.in); crc != h.crc {
+		if crc = updateCRC(crc, c.unpack.in); crc != h.crc {
 			return 0, 0, corrupt("checksum of a pages frame")
 		}
 		if data, err = c.decompress(compression, int(raw)); err != nil {
@@ -285,7 +284,7 @@ func (c *Conn) ReadPages(h Header, s *Sink) (normal, zero uint64, err error) {
 		if _, err := io.ReadFull(c, b); err != nil {
 			return 0, 0, noEOF(err)
 		}
-		crc = crc32.Update(crc, castagnoli, b)
+		crc = updateCRC(crc, b)
 	}
 	if crc != h.crc {
 		return 0, 0, corrupt("checksum of a pages frame")
