@@ -124,7 +124,7 @@ func TestPatchSeries(t *testing.T) {
 	if n := strings.Count(g.Stderr.String(), "\n"); n != 1 || !strings.Contains(g.Stderr.String(), "-k fr") {
 		t.Errorf("stderr: %s", g.Stderr)
 	}
-	ctx := harness.Context(t, limit)
+	ctx := harness.Context(t, 3*limit)
 	peer.Ping(ctx, "10.88.0.3")
 
 	q := harness.DialQMP(t, harness.Context(t, 3*limit), "/tmp/qmp.socket")
