@@ -122,6 +122,7 @@ func (p *failoverPair) take(d *Device) {
 // renew begins the pair anew, with what is known of the guest.
 func (p *failoverPair) renew(policy failover.Policy) {
 	was := p.Status()
+	p.Cancel(errors.New("the pair has another primary")) // or its retries would work on that one
 	p.Pair = failover.New(p, policy)
 	p.Inform(was.Negotiated, was.Away)
 }
