@@ -260,6 +260,13 @@ func (c *carrier) hide(d *device) {
 	c.do(steer.Hide)
 }
 
+// returns gives the PF's VF back as it was.
+func (c *carrier) returns() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.do(steer.Return)
+}
+
 // arrives says that a guest that comes from another host has been stopped there: what comes
 // for it from now on waits here.
 func (c *carrier) arrives() {

@@ -117,6 +117,9 @@ func TestQtestMigrateOn(t *testing.T) {
 		d.event("RESUME", "")
 		d.pair(failover.Plugging)
 		d.shown(true, true)
+		if port, code := d.slotEvent(); port != 2 || code != 2 {
+			t.Errorf("the guest is told of event %d of slot %d", code, port)
+		}
 		if got := d.status(); got != "completed" {
 			t.Error(got)
 		}

@@ -319,6 +319,9 @@ func (p *failoverPair) Close() {
 		return
 	}
 	p.device, p.closing = nil, true
+	if p.carrier != nil {
+		p.carrier.returns()
+	}
 	p.m.closing.Go(func() { // to unpin the guest's RAM may take long
 		if err := d.fn.Close(); err != nil {
 			p.m.log.Warn(fmt.Sprintf("close %s: %v", d.Device, err))
@@ -352,6 +355,7 @@ func (m *Machine) closePairs() error {
 		}
 		if p.carrier != nil {
 			p.carrier.gone()
+			p.carrier.returns()
 		}
 	}
 	return errors.Join(errs...)

@@ -23,6 +23,7 @@ func TestHiddenAgain(t *testing.T) {
 		s.pair(failover.Hidden)
 		s.shown(true, false)
 		d.start(0)
+		s.pair(failover.Plugging)
 		s.shown(true, true)
 	})
 	t.Run("reset", func(t *testing.T) {
@@ -36,6 +37,7 @@ func TestHiddenAgain(t *testing.T) {
 		s.shown(true, false)
 		s.execute("system_reset", nil)
 		s.probe("standby0").start(0)
+		s.pair(failover.Plugging)
 		s.shown(true, true)
 	})
 }
@@ -58,6 +60,7 @@ func TestHiddenPrimary(t *testing.T) {
 		t.Error("primary1 is visible")
 	}
 	s.probe("standby0").start(0)
+	s.pair(failover.Plugging)
 	if !s.visible("primary1") {
 		t.Error("primary1 is hidden")
 	}
@@ -96,6 +99,7 @@ func TestGuestEjectsPrimary(t *testing.T) {
 	}
 	s.shown(true, false)
 	s.execute("failover-switch", map[string]any{"id": "primary0", "to": "primary"})
+	s.pair(failover.Plugging)
 	s.shown(true, true)
 }
 
@@ -118,6 +122,7 @@ func TestFailoverSwitch(t *testing.T) {
 	s.shown(true, false)
 	s.execute("failover-switch", to("standby"))
 	s.execute("failover-switch", to("primary"))
+	s.pair(failover.Plugging)
 	s.shown(true, true)
 }
 

@@ -13,6 +13,7 @@
 package steer
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -55,6 +56,7 @@ const (
 	Primary Step = "primary" // to the VF
 	Standby Step = "standby" // to the TAP
 	Gone    Step = "gone"    // the guest is on another host
+	Return  Step = "return"  // baton gives the VF back, with the MAC that it had unless that is the guest's
 )
 
 // Steerer steers one pair.
@@ -63,6 +65,7 @@ type Steerer struct {
 
 	mu   sync.Mutex // held for a step
 	copy string     // the PF that has a filter for the MAC, "" if none
+	was  map[VF]net.HardwareAddr
 }
 
 // New returns a steerer, which has done nothing yet.
@@ -103,7 +106,15 @@ func (s *Steerer) run(ctx context.Context, step Step, vf VF) error {
 func (s *Steerer) netlink(step Step, vf VF) error {
 	switch step {
 	case Hide:
-		return vf.setMAC(make(net.HardwareAddr, 6))
+		s.remember(vf)
+		return vf.setMAC(noMAC)
+	case Return:
+		was, known := s.was[vf]
+		delete(s.was, vf)
+		if !known || bytes.Equal(was, s.c.MAC) || bytes.Equal(was, noMAC) {
+			return nil // a VF that nobody serves must not have the guest's
+		}
+		return vf.setMAC(was)
 	case Both:
 		return errors.Join(s.entry(s.c.TAP), s.filter(vf.PF))
 	case GiveMAC:
@@ -111,9 +122,27 @@ func (s *Steerer) netlink(step Step, vf VF) error {
 	case Primary:
 		return errors.Join(vf.setMAC(s.c.MAC), s.entry(vf.PF), s.filter(""))
 	case Standby:
-		return errors.Join(s.entry(s.c.TAP), vf.setMAC(make(net.HardwareAddr, 6)), s.filter(""))
+		return errors.Join(s.entry(s.c.TAP), vf.setMAC(noMAC), s.filter(""))
 	}
 	return errors.Join(s.entry(""), s.filter(""))
+}
+
+var noMAC = make(net.HardwareAddr, 6)
+
+// remember notes the MAC of a VF before it is changed.
+func (s *Steerer) remember(vf VF) {
+	pf, err := netlink.LinkByName(vf.PF)
+	if vf.PF == "" || err != nil {
+		return
+	}
+	for _, info := range pf.Attrs().Vfs {
+		if info.ID == vf.Index {
+			if s.was == nil {
+				s.was = map[VF]net.HardwareAddr{}
+			}
+			s.was[vf] = info.Mac
+		}
+	}
 }
 
 // setMAC tells the PF which MAC the VF has; all zero: none.
