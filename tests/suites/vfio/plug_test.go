@@ -47,12 +47,7 @@ func testPlug(t *testing.T, machine string, linux []string) {
 	vf := harness.PFs(t)[0].CreateVFs(t, 1)[0]
 	vf.SetMAC(t, mac)
 	was := vf.Driver()
-	dir, err := os.MkdirTemp("", "vfio") // short enough for a socket's name
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	sock := filepath.Join(dir, "qmp")
+	sock := socket(t)
 	g := harness.Start(t, harness.GuestConfig{Args: append(linux, "-m", "256M", "-smp", "2", "-machine", machine,
 		"-qmp", "unix:"+sock+",server=on,wait=off", "-device", "pcie-root-port,id=r")})
 	g.Output(harness.Context(t, bootLimit), "true")
@@ -129,17 +124,34 @@ func (p *plugged) plug(which map[string]any) {
 // remove unplugs it, and returns when all has been released.
 func (p *plugged) remove(mode string) {
 	p.t.Helper()
-	args := map[string]any{"id": "vf0"}
+	unplug(p.t, p.q, "vf0", mode)
+}
+
+// unplug takes a device out of its slot, and returns when it has been released.
+func unplug(t *testing.T, q *harness.QMP, id, mode string) {
+	t.Helper()
+	args := map[string]any{"id": id}
 	if mode != "" {
 		args["mode"] = mode
 	}
-	p.q.Do("device_del", args)
+	q.Do("device_del", args)
 	var data struct{ Device string }
-	for data.Device != "vf0" { // the path alone comes, too
-		if err := json.Unmarshal(p.q.WaitEvent("DEVICE_DELETED").Data, &data); err != nil {
-			p.t.Fatal(err)
+	for data.Device != id { // the path alone comes, too
+		if err := json.Unmarshal(q.WaitEvent("DEVICE_DELETED").Data, &data); err != nil {
+			t.Fatal(err)
 		}
 	}
+}
+
+// socket is a path for a monitor, short enough for a socket.
+func socket(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "vfio")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return filepath.Join(dir, "qmp")
 }
 
 // held is what a process has of the host.
@@ -166,7 +178,7 @@ func (p *plugged) held() (h held) {
 		p.t.Fatal(err)
 	}
 	// What Go's heap and its threads' stacks have is theirs.
-	h.Mappings = len(regexp.MustCompile(`(?m)^.*(vfio|memfd:|kvm).*$`).FindAll(maps, -1))
+	h.Mappings = len(regexp.MustCompile(`(?m)^.*(vfio|kvm).*$`).FindAll(maps, -1))
 	return h
 }
 

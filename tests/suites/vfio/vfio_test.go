@@ -101,6 +101,15 @@ func TestNIC(t *testing.T) {
 	})
 	t.Run("traffic after the reboot", n.traffic)
 	t.Run("driver again", n.again)
+	t.Run("out and in", func(t *testing.T) {
+		unplug(t, n.q, "nic0", "")
+		if d, err := os.Readlink("/sys/bus/pci/devices/" + n.pci + "/driver"); filepath.Base(d) != "e1000e" {
+			t.Errorf("driver %q after DEVICE_DELETED (%v)", d, err)
+		}
+		n.q.Do("device_add", map[string]any{"driver": "vfio-pci", "id": "nic0", "bus": "r", "bind": "auto", "host": n.pci})
+		n.g.Output(harness.Context(t, limit), "@carrier", n.mac)
+		n.traffic(t)
+	})
 	n.powerOff(t)
 
 	peer := harness.NewPeer(t, host+"/24") // by the same NIC
@@ -124,6 +133,7 @@ func TestINTx(t *testing.T) {
 		}
 	})
 	t.Run("driver again", n.again)
+	unplug(t, n.q, "nic0", "surprise")
 	n.powerOff(t)
 }
 
@@ -150,11 +160,13 @@ func startNIC(t *testing.T, args []string, options, before string) *nic {
 	if err != nil {
 		t.Fatal(err)
 	}
-	g := harness.Start(t, harness.GuestConfig{Args: append(args, "-m", "256M",
-		"-device", "pcie-root-port,id=r", "-device", "vfio-pci,bus=r,bind=auto,sysfsdev=/sys/bus/pci/devices/"+pci+","+options)})
+	sock := socket(t)
+	g := harness.Start(t, harness.GuestConfig{Args: append(args, "-m", "256M", "-qmp", "unix:"+sock+",server=on,wait=off",
+		"-device", "pcie-root-port,id=r", "-device", "vfio-pci,id=nic0,bus=r,bind=auto,sysfsdev=/sys/bus/pci/devices/"+pci+","+options)})
 	g.Sh(harness.Context(t, bootLimit), before)
 	g.Output(harness.Context(t, limit), "@modprobe", "e1000e")
-	return &nic{g: g, driver: "e1000e", mac: strings.TrimSpace(string(address)), pin: true, rom: rom,
+	q := harness.DialQMP(t, harness.Context(t, 10*time.Minute), sock)
+	return &nic{g: g, q: q, pci: pci, driver: "e1000e", mac: strings.TrimSpace(string(address)), pin: true, rom: rom,
 		world: func(f func() error) error { return f() },
 		ping: func(ctx context.Context) {
 			if out, err := exec.CommandContext(ctx, "ping", "-n", "-c", "1", "-w", "3600", "-i", "0.2", guest).CombinedOutput(); err != nil {
@@ -258,7 +270,8 @@ type nic struct {
 	driver, mac string
 	interrupt   string // how /proc/interrupts calls its kind
 	pin         bool   // it has INTx
-	rom         string // hash of its option ROM
+	q           *harness.QMP
+	pci, rom    string // its address on the host, and the hash of its option ROM
 	name        string
 	world       func(f func() error) error // runs f at the other end of the wire
 	ping        func(ctx context.Context)  // the guest, from there
