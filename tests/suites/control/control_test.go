@@ -158,8 +158,8 @@ func TestPatchSeries(t *testing.T) {
 	vf.SetMAC(t, mac) // from now on the NIC sends what is for the guest to the VF
 	vf.BindVFIO(t)
 	c.ask("device_add vfio-pci,host="+strings.TrimPrefix(vf.PCI, "0000:")+",id=hostdev0,bus=root1,standby=net1", `\(qemu\) $`)
-	c.ask("info pci", `Ethernet controller: PCI device 8086:10ca\n(.*\n)*      id "hostdev0"\n`)
 	until(ctx, t, g, cards, "3")
+	c.ask("info pci", `Ethernet controller: PCI device 8086:10ca\n(.*\n)*      id "hostdev0"\n`)
 	peer.Ping(ctx, "10.88.0.3")
 	c.ask("device_del hostdev0", `\(qemu\) $`)
 	q.WaitEvent("DEVICE_DELETED")
