@@ -69,13 +69,13 @@ func moves(t *testing.T, code tiny.Code, n, between int) *whole {
 
 // A guest that stands in the middle of an instruction, an IN or one that has repetitions left.
 func TestMoveMidInstruction(t *testing.T) {
-	moves(t, ports, 15, 20)
+	moves(t, ports, 8, 20)
 }
 
 // A guest that is halted, with the next tick of its timer to come, and whose other vCPU waits
 // to be started.
 func TestMoveHalted(t *testing.T) {
-	w := moves(t, ticker, 10, 4)
+	w := moves(t, ticker, 6, 4)
 	w.pause()
 	w.in(func() error {
 		a, err := w.vcpus[0].MPState()

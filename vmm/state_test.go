@@ -234,7 +234,7 @@ func TestWholeMachine(t *testing.T) {
 			args := append(slices.Clone(wholeArgs), args...)
 			w := startWhole(t, append(args, "-kernel", tiny.Kernel(t, stamper))...)
 			last := w.letters(0, 3)
-			for range 4 {
+			for range 3 {
 				next := startWhole(t, append(args, "-incoming", "defer")...)
 				last = moveWhole(t, w, next, last)
 				w = next
