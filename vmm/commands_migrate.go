@@ -269,6 +269,7 @@ func (m *Machine) setCapabilities(a capabilitiesArgs) error {
 	c, err := m.migration.capabilities.With(set)
 	if err == nil {
 		m.migration.capabilities = c
+		m.migration.tell.Store(c.Has(migrate.CapEvents))
 	}
 	return err
 }

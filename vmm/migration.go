@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"baton/devices"
@@ -33,7 +34,8 @@ type migration struct {
 	last   engine          // the last of these
 	done   <-chan struct{} // closed when that one has ended; nil before the first
 
-	cpu []migrate.Fact // see cpuFacts
+	cpu  []migrate.Fact // see cpuFacts
+	tell atomic.Bool    // the capability events is on; the engines look at it
 
 	exitOnError bool               // a guest that does not come ends the machine
 	abandoned   bool               // the machine is ending
@@ -151,7 +153,7 @@ func (m *Machine) migrationOptions(a wire.Address, incoming bool) (o migrate.Opt
 			}
 			return f, err
 		},
-		Events: m.migrationEvents(m.migration.capabilities.Has(migrate.CapEvents)),
+		Events: m.migrationEvents(),
 	}
 	if socket := a.Network == wire.TCP || a.Network == wire.Unix || a.Network == wire.FD; socket && p.TLSCreds != "" {
 		o.TLS, err = wire.LoadTLS(p.TLSCreds, incoming, cmp.Or(p.TLSHostname, a.Host))
@@ -170,12 +172,13 @@ func (m *Machine) migrationFile(name string) (*os.File, error) {
 	return nil, qmp.Errorf(qmp.GenericError, "File descriptor named '%s' has not been found", name)
 }
 
-// migrationEvents returns what publishes, if publish says so, what the engine tells, in QEMU's
+// migrationEvents returns what publishes, if clients want it, what the engine tells, in QEMU's
 // order: the guest is stopped before the status is device. It is called from the engine's
 // goroutine.
-func (m *Machine) migrationEvents(publish bool) func(migrate.Event) {
+func (m *Machine) migrationEvents() func(migrate.Event) {
 	last := migrate.StatusNone
 	return func(e migrate.Event) {
+		publish := m.migration.tell.Load()
 		switch {
 		case e.Log != "":
 			m.log.Info("migration: " + e.Log)
