@@ -11,33 +11,40 @@ import (
 
 // prefault has the kernel find, and clear, the pages for guest memory that is about to come: that
 // costs more than to receive it. Only what follows what came is touched, so that RAM
-// of zeros stays free, and by another thread, so that it is paid for beside the network.
+// of zeros stays free, and by other threads, so that it is paid for beside the network.
 type prefault struct {
 	regions []guestmem.Region
 	blocks  [][]atomic.Uint32 // of each region: see below
-	queue   chan []byte
-	state   chan *atomic.Uint32 // of what is in queue, in the same order
+	queue   chan faulting
 
 	mu   sync.Mutex
 	done *sync.Cond // a block has become there
 }
 
+// faulting is a block that is queued.
+type faulting struct {
+	memory []byte
+	state  *atomic.Uint32
+}
+
 // States of a block.
 const (
 	absent  = iota
-	queued  // for the other thread
-	working // by it
+	queued  // for another thread
+	working // by one
 	there   // or on the way to be, by who receives it
 )
 
 const (
-	hugePage = 2 << 20 // the unit, in bytes: what the kernel may map at once
-	ahead    = 6       // blocks that are prepared
-	bulk     = 64 << 10
+	hugePage = 2 << 20  // the unit, in bytes: what the kernel may map at once
+	ahead    = 6        // blocks that are prepared
+	bulk     = 64 << 10 // bytes that let expect more
+	// prefaulters is the most threads that do it.
+	prefaulters = 4
 )
 
 func newPrefault(m *guestmem.Memory) *prefault {
-	p := &prefault{regions: m.Regions(), queue: make(chan []byte, 4*ahead), state: make(chan *atomic.Uint32, 4*ahead)}
+	p := &prefault{regions: m.Regions(), queue: make(chan faulting, 4*ahead)}
 	p.done = sync.NewCond(&p.mu)
 	for _, r := range p.regions {
 		p.blocks = append(p.blocks, make([]atomic.Uint32, (r.Size+hugePage-1)/hugePage))
@@ -50,9 +57,8 @@ func (p *prefault) run(stop <-chan struct{}) {
 	for {
 		select {
 		case b := <-p.queue:
-			s := <-p.state
-			if s.CompareAndSwap(queued, working) {
-				_ = unix.Madvise(b, unix.MADV_POPULATE_WRITE) // Linux 5.14; without, the receiver waits
+			if s := b.state; s.CompareAndSwap(queued, working) {
+				_ = unix.Madvise(b.memory, unix.MADV_POPULATE_WRITE) // Linux 5.14; without, the receiver waits
 				p.mu.Lock()
 				s.Store(there)
 				p.mu.Unlock()
@@ -103,6 +109,5 @@ func (p *prefault) prepare(region int, b uint64) {
 		return
 	}
 	r := p.regions[region]
-	p.queue <- r.Host[b*hugePage : min((b+1)*hugePage, r.Size)]
-	p.state <- s
+	p.queue <- faulting{r.Host[b*hugePage : min((b+1)*hugePage, r.Size)], s}
 }

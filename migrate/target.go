@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -201,7 +202,9 @@ func (t *Target) Run() error {
 	defer t.cancel(nil)
 	p := newPrefault(t.m.Memory())
 	t.sink.Coming = p.coming
-	t.greets.Go(func() { p.run(t.ctx.Done()) })
+	for range min(runtime.NumCPU(), prefaulters) {
+		t.greets.Go(func() { p.run(t.ctx.Done()) })
+	}
 	context.AfterFunc(t.ctx, func() { _ = t.l.Close() })
 	t.greets.Add(1)
 	go t.accept()
