@@ -104,6 +104,7 @@ func (s *Source) leave(t wire.Type, v any, waits bool) {
 func (s *Source) ask(cause error) error {
 	defer close(s.settled)
 	s.enterAs(SourceAsking, SourceAsking.Status(), fmt.Errorf("the target may have the guest: %w\nit is asked until it answers; migrate-recover asks elsewhere or decides", cause))
+	s.log("%v", s.Stats().Err)
 	address := s.o.Address
 	wait := 50 * time.Millisecond
 	for {

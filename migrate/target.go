@@ -535,6 +535,7 @@ func (t *Target) awaitCommit(in *incoming) error {
 	// will not run here; until it asks, a person may decide that it does.
 	err := in.fail(ErrCancelled)
 	t.enterAs(TargetDoubting, TargetDoubting.Status(), fmt.Errorf("the source may be gone: %w\nthe guest stays where it was; a decision by hand starts it here", err))
+	t.log("%v", t.Stats().Err)
 	if t.settledAs(never) {
 		_ = in.main.WriteLast(wire.TypeRefuse, wire.NewReason(err), time.Second)
 	}

@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"maps"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -43,6 +45,9 @@ var typeNames = map[Type]string{
 	TypeEnd: "end", TypeCommit: "commit", TypeDone: "done", TypeAbort: "abort", TypeAlive: "alive", TypeAccept: "accept",
 	TypeRefuse: "refuse", TypeReady: "ready", TypeLoaded: "loaded", TypeCommitted: "committed", TypeAnswer: "answer",
 }
+
+// Types are all types, in order.
+func Types() []Type { return slices.Sorted(maps.Keys(typeNames)) }
 
 func (t Type) String() string {
 	if n, ok := typeNames[t]; ok {

@@ -291,6 +291,9 @@ func (g *Guest) Signal(sig os.Signal) {
 	must(g.t, g.name+": signal", g.cmd.Process.Signal(sig))
 }
 
+// Ended is closed when the VMM has ended.
+func (g *Guest) Ended() <-chan struct{} { return g.ended }
+
 // Wait returns the VMM's exit code, -1 if a signal ended it; if it has not ended when ctx
 // has, the test ends.
 func (g *Guest) Wait(ctx context.Context) int {
