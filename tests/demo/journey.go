@@ -43,6 +43,7 @@ func journeys(ctx context.Context) error {
 	fmt.Printf("  pinged every 5 ms and exchanging 500 datagrams a second each way with a peer on the wire\n")
 	var trips []*journey.Trip
 	for _, way := range ways() {
+		fmt.Printf("  %s …\n", way.Name)
 		trip, err := travel(ctx, way)
 		if err != nil {
 			return err
