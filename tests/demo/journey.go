@@ -81,7 +81,7 @@ func gap(t *journey.Trip) float64 { return t.Pings.Longest().Duration().Seconds(
 
 // table has a row for each trip.
 func table(trips []*journey.Trip) [][]string {
-	rows := [][]string{{"", "unplug ms", "RAM ms", "stop to resume ms", "then primary after ms", "pings lost", "longest gap ms", "datagrams lost in, out", "doubled in, out"}}
+	rows := [][]string{{"", "unplug ms", "RAM ms", "stop to resume ms", "then primary after ms", "pings lost", "longest gap ms", "datagrams lost in, out", "doubled in, out", "TCP, longest stall ms"}}
 	ms := func(s float64) string {
 		if s < 0 {
 			return "-"
@@ -92,7 +92,7 @@ func table(trips []*journey.Trip) [][]string {
 		rows = append(rows, []string{
 			t.Way, ms(t.Phase("primary taken away")), ms(t.Phase("RAM")), ms(t.Phase("stop to resume")), ms(t.Plugged),
 			fmt.Sprintf("%d of %d", t.Pings.Lost, t.Pings.Sent), fmt.Sprintf("%.0f", gap(t)),
-			fmt.Sprintf("%d, %d", t.In.Lost, t.Out.Lost), fmt.Sprintf("%d, %d", t.In.Doubled, t.Out.Doubled),
+			fmt.Sprintf("%d, %d", t.In.Lost, t.Out.Lost), fmt.Sprintf("%d, %d", t.In.Doubled, t.Out.Doubled), ms(t.TCP.Stall.Seconds()),
 		})
 	}
 	return rows

@@ -42,7 +42,7 @@ func TestTable(t *testing.T) {
 		In:     harness.DatagramResult{Lost: 3}, Out: harness.DatagramResult{Doubled: 4},
 	}
 	rows := table([]*journey.Trip{trip})
-	if got := strings.Join(rows[1], "|"); got != "baton|-|500|-|250|1 of 10|1000|3, 0|0, 4" {
+	if got := strings.Join(rows[1], "|"); got != "baton|-|500|-|250|1 of 10|1000|3, 0|0, 4|0" {
 		t.Error(got)
 	}
 	var b bytes.Buffer

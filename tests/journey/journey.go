@@ -47,6 +47,8 @@ type World struct {
 	Hosts [2]Host
 	dir   string // for sockets: short
 	n     int    // machines so far
+
+	echoes bool // the guest does, by TCP
 }
 
 // Host is what stands for a host.
@@ -192,7 +194,8 @@ type Trip struct {
 	PingSeries     []timeline.Point // round trips in ms
 	In, Out        harness.DatagramResult
 	Rate           []timeline.Point // datagrams from the guest, a second
-	Query          json.RawMessage  // the source's query-migrate
+	TCP            harness.EchoResult
+	Query          json.RawMessage // the source's query-migrate
 }
 
 // Phase is the length of a phase in seconds, -1 if it did not take place.
@@ -221,6 +224,14 @@ func (w *World) Load(ctx context.Context, m *Machine, rate int) *Load {
 	}
 	m.Output(ctx, "@udp", guest, local, fmt.Sprint(rate))
 	l.udp.Settle(ctx)
+	if !w.echoes {
+		m.Output(ctx, "@tcp-echo", GuestIP+":7002")
+		w.echoes = true
+	}
+	var err error
+	if l.tcp, err = w.Peer.Echo(GuestIP + ":7002"); err != nil {
+		w.T.Fatal(err)
+	}
 	return l
 }
 
@@ -229,6 +240,7 @@ type Load struct {
 	w      *World
 	pinger *harness.Pinger
 	udp    *harness.Datagrams
+	tcp    *harness.Echo
 }
 
 // Stop ends it; m is where the guest is.
@@ -242,6 +254,7 @@ func (l *Load) Stop(ctx context.Context, m *Machine, t *Trip) {
 		l.w.T.Error(err)
 	}
 	t.Out = l.udp.Stop()
+	t.TCP = l.tcp.Stop()
 	for _, p := range l.udp.Rate() {
 		t.Rate = append(t.Rate, timeline.Point{Time: p.At, Value: p.Millis})
 	}
@@ -292,8 +305,8 @@ func (t *Trip) String() string {
 	for _, p := range t.Phases {
 		phases = append(phases, fmt.Sprintf("%s %.0f ms", p.Name, 1000*(p.To-p.From)))
 	}
-	return fmt.Sprintf("%s: %s; %s; primary after %.0f ms; ping %v; to the guest %+v; from the guest %+v",
-		t.Way, t.Status, strings.Join(phases, ", "), 1000*t.Plugged, t.Pings, t.In, t.Out)
+	return fmt.Sprintf("%s: %s; %s; primary after %.0f ms; ping %v; to the guest %+v; from the guest %+v; TCP %+v",
+		t.Way, t.Status, strings.Join(phases, ", "), 1000*t.Plugged, t.Pings, t.In, t.Out, t.TCP)
 }
 
 // Recorder records all events of a QMP monitor.

@@ -4,6 +4,8 @@ import (
 	"context"
 	"encoding/binary"
 	"encoding/json"
+	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -79,6 +81,25 @@ func TestVerbs(t *testing.T) {
 		if r.Exit != tc.exit || r.Stdout != tc.out || !strings.Contains(r.Error, tc.error) || (tc.error == "") != (r.Error == "") {
 			t.Errorf("%q: %+v", tc.argv, r)
 		}
+	}
+}
+
+func TestEcho(t *testing.T) {
+	address, err := tcpEcho([]string{"127.0.0.1:0"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := net.Dial("tcp", strings.TrimSpace(address.(string)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := c.Write([]byte("hello")); err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, 5)
+	if _, err := io.ReadFull(c, b); err != nil || string(b) != "hello" {
+		t.Errorf("%q, %v", b, err)
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -40,6 +41,7 @@ var verbs = map[string]verb{
 	"@blkstamp":    {"DEV RATE_MIB_S", 2, stampDisk, nil},
 	"@tcp-stamp":   {"ADDR", 1, stampTCP, nil},
 	"@stamp-check": {"", 0, checkStamps, nil},
+	"@tcp-echo":    {"ADDR", 1, tcpEcho, nil},
 	"@udp":         {"LOCAL ADDR RATE", 3, udpStart, nil},
 	"@udp-check":   {"", 0, udpCheck, nil},
 	"@clock":       {"", 0, clock, nil},
@@ -68,6 +70,27 @@ func runVerb(name string, args []string) proto.Response {
 		out = string(b) + "\n"
 	}
 	return proto.Response{Stdout: out, After: v.after}
+}
+
+// tcpEcho sends back what comes by each connection.
+func tcpEcho(a []string) (any, error) {
+	l, err := net.Listen("tcp", a[0])
+	if err != nil {
+		return nil, err
+	}
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				_, _ = io.Copy(c, c)
+			}()
+		}
+	}()
+	return l.Addr().String() + "\n", nil
 }
 
 // datagrams is the stream under way.

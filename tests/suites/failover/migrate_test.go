@@ -23,6 +23,9 @@ func moved(t *testing.T, trip *journey.Trip) {
 	if trip.Pings.Lost > trip.Pings.Sent/20 {
 		t.Errorf("%v", trip.Pings)
 	}
+	if trip.TCP.Err != nil {
+		t.Errorf("the connection: %v", trip.TCP.Err)
+	}
 	if trip.In.Lost > 200 || trip.Out.Lost > 200 {
 		t.Errorf("datagrams: to the guest %+v, from the guest %+v", trip.In, trip.Out)
 	}
