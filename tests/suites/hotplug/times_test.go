@@ -131,7 +131,7 @@ func TestPaused(t *testing.T) {
 	v.q.Do("cont", nil)
 	v.end("DEVICE_DELETED")
 
-	v.plugDisk("r1")
+	v.read(v.plugDisk("r1"), way{told: true})
 	v.q.Do("stop", nil)
 	v.unplug("disk0", "surprise")
 	v.q.Do("cont", nil)
