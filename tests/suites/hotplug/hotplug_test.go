@@ -72,7 +72,7 @@ func startLinux(t *testing.T, args []string) *vm {
 			t.Logf("the guest: %v\n%s", err, r.Stdout)
 		}
 	})
-	return &vm{t, g, harness.DialQMP(t, harness.Context(t, 8*time.Minute), sock)}
+	return &vm{t, g, harness.DialQMP(t, harness.Context(t, time.Hour), sock)}
 }
 
 // up waits until the guest is.
