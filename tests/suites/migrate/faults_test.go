@@ -12,7 +12,7 @@ import (
 func TestFaults(t *testing.T) {
 	w := newWorld(t)
 	m := w.boot()
-	w.load(m, 32, "4", "1")
+	w.load(m, 16, "2", "0.5")
 	for name, fault := range map[string]func(*world, *machine, *machine){
 		"target killed": func(w *world, m, to *machine) { to.Kill() },
 		"network cut": func(w *world, m, to *machine) {

@@ -217,7 +217,7 @@ func (m *machine) wait(t *testing.T, status string) {
 func (w *world) move(from *machine, host int, uri string) *machine {
 	w.t.Helper()
 	to := w.start(host, "-incoming", uri)
-	late := time.AfterFunc(limit, func() { // what they are at is in their logs then
+	late := time.AfterFunc(3*limit, func() { // what they are at is in their logs then
 		for _, m := range []*machine{from, to} {
 			_ = syscall.Kill(m.PID(), syscall.SIGQUIT)
 		}
@@ -257,9 +257,9 @@ func (w *world) end(m *machine) {
 func TestMigrate(t *testing.T) {
 	w := newWorld(t)
 	m := w.boot()
-	w.load(m, 32, "4", "1")
-	stop := w.stream(mib)
-	pings := w.peer.Pinger(guestIP, 10*time.Millisecond)
+	w.load(m, 16, "2", "0.5")
+	stop := w.stream(mib / 2)
+	pings := w.peer.Pinger(guestIP, 20*time.Millisecond)
 	m = w.move(m, 1, w.uri(1))
 	w.check(m)
 	m = w.move(m, 0, "unix:"+w.dir+"/m")
