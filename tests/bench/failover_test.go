@@ -11,7 +11,7 @@ import (
 // TestFailover has a guest with a VF migrate under load, on baton and on QEMU, by their defaults
 // and, QEMU, with a script that takes the MAC from the VF when the primary is asked to go.
 func TestFailover(t *testing.T) {
-	results.notef("failover: ping every 5 ms, 500 datagrams/s each way; 82576 VFs, one on each host's NIC, on one wire")
+	results.notef("failover: ping every 5 ms, 100 datagrams/s each way; 82576 VFs, one on each host's NIC, on one wire")
 	contender := contenders(t, "host")
 	for i, way := range []journey.Way{
 		{Name: "baton"},

@@ -40,7 +40,7 @@ func journeys(ctx context.Context) error {
 		os.Setenv(name, value)
 	}
 	heading("A guest with a VF moves from one host's NIC to another's")
-	fmt.Printf("  pinged every 5 ms and exchanging 500 datagrams a second each way with a peer on the wire\n")
+	fmt.Printf("  pinged every 5 ms and exchanging 100 datagrams a second each way with a peer on the wire\n")
 	var trips []*journey.Trip
 	for _, way := range ways() {
 		fmt.Printf("  %s …\n", way.Name)
@@ -65,7 +65,7 @@ func journeys(ctx context.Context) error {
 // travel is one contender's trip.
 func travel(ctx context.Context, way journey.Way) (trip *journey.Trip, err error) {
 	err = scene(ctx, way.Name, func(s *stage) {
-		ctx := harness.Context(s, 100*time.Second)
+		ctx := harness.Context(s, 150*time.Second)
 		w := journey.NewWorld(s)
 		from := w.Boot(ctx, way)
 		to := w.Start(ctx, way, 1, true)
@@ -113,7 +113,7 @@ func pageOf(trips []*journey.Trip, rows [][]string) timeline.Page {
 	p := timeline.Page{
 		Title: "A guest with a VF moves to another host", Table: rows,
 		Notes: []string{"All in one run, on the same NICs, with the same guest: " + time.Now().Format("2006-01-02 15:04") +
-			". The peer pings every 5 ms and exchanges 500 datagrams a second each way with the guest. Red ticks are pings without an answer."},
+			". The peer pings every 5 ms and exchanges 100 datagrams a second each way with the guest. Red ticks are pings without an answer."},
 	}
 	for _, t := range trips {
 		p.Acts = append(p.Acts, timeline.Act{

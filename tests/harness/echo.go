@@ -31,7 +31,7 @@ type EchoResult struct {
 
 const (
 	echoChunk = 1 << 10
-	echoPace  = 10 * time.Millisecond
+	echoPace  = 50 * time.Millisecond
 )
 
 // Echo connects from the peer's namespace.

@@ -37,7 +37,7 @@ const (
 	PeerIP   = "10.99.0.2"
 	peerPort = 7001
 	pings    = 5 * time.Millisecond
-	udpRate  = 500
+	udpRate  = 100
 )
 
 // World is two hosts and a peer, on one wire.
@@ -91,7 +91,7 @@ type Way struct {
 	Script bool   // QEMU: somebody takes the MAC from the VF at UNPLUG_PRIMARY
 	Memory int    // MiB, 0: 256
 	CPUs   int    // 0: 1
-	Rate   int    // datagrams a second each way, 0: 500; an emulated host has no time for many more
+	Rate   int    // datagrams a second each way, 0: 100; an emulated host has no time for many more
 	// Kernel is harness.Linux unless set.
 	Kernel func(t testing.TB, words ...string) []string
 	// Primary on each host, what -device takes; "" is the VF. None is "none".
