@@ -31,11 +31,11 @@ func TestRollback(t *testing.T) {
 			}
 			s.ost(2, 3, 0x82)
 		}, "it is busy in the guest"},
-		{"silent", "failover-unplug=cooperative,failover-unplug-timeout=500", func(*scripted) {}, "the guest has not let go of it in 500ms"},
-		{"begins and stops", "failover-unplug=cooperative,failover-unplug-timeout=500", func(s *scripted) {
+		{"silent", "failover-unplug=cooperative,failover-unplug-timeout=1500", func(*scripted) {}, "the guest has not let go of it in 1.5s"},
+		{"begins and stops", "failover-unplug=cooperative,failover-unplug-timeout=1500", func(s *scripted) {
 			for _, code := s.slotEvent(); code != 3; _, code = s.slotEvent() {
 			}
-		}, "the guest has not let go of it in 500ms"},
+		}, "the guest has not let go of it in 1.5s"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			s := startPair(t, standby0+"on", primary0+"standby0,"+c.options)

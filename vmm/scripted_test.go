@@ -79,7 +79,7 @@ func startScripted(t *testing.T, args ...string) *scripted {
 }
 
 // patience is how long a test waits for what takes milliseconds.
-const patience = 20 * time.Second
+const patience = time.Minute
 
 // do runs f in the main loop, after all that was posted.
 func (s *scripted) do(f func()) {
