@@ -42,7 +42,7 @@ demo: ## boot a stock Debian kernel on baton: its boot, PCIe tree and disk, ping
 bench: $(NESTED) build images $(CACHE)/bin/gokvm ## compare with QEMU, in the nested host and, by a tiny guest, on this machine; RUN=TestLinux///disk: a part
 	@cd guest-images && $(GO) build -o $(CACHE)/bin/nettool ./cmds/nettool
 	@mkdir -p $(CACHE)/bench-here
-	@[ -n "$(RUN)" ] || BATON_TEST=host BATON_ARTIFACTS=$(CACHE)/bench-here $(NESTED) run -run TestExits -json $(CACHE)/bench-here.json ./tests/bench
+	@[ -n "$(RUN)" ] || BATON_TEST=host BATON_ARTIFACTS=$(CACHE)/bench-here $(NESTED) run -run "TestExits|TestMigrateHere|TestMigrateGrowth" -json $(CACHE)/bench-here.json ./tests/bench
 	@$(NESTED) run $(if $(RUN),-run '$(RUN)') -limit 60m -out $(CACHE)/bench -json $(CACHE)/bench.json ./tests/bench
 	@cat $(if $(RUN),,$(CACHE)/bench-here/table.txt) $(CACHE)/bench/bench/table.txt
 

@@ -261,7 +261,7 @@ func (m *Machine) setCapabilities(a capabilitiesArgs) error {
 	}
 	var set []migrate.Capability
 	for _, c := range a.Capabilities {
-		if c.Capability == migrate.CapMultifd && m.migration.target != nil {
+		if c.Capability == migrate.CapMultifd && m.migration.target != nil && m.State() == StateInMigrate {
 			return qmp.Errorf(qmp.GenericError, "Multifd must be set before incoming starts")
 		}
 		set = append(set, migrate.Capability{Name: string(c.Capability), State: c.State})
