@@ -26,9 +26,15 @@ func (s *Source) finishOneWay() error {
 	if cancelled {
 		return context.Cause(s.ctx)
 	}
+	return nil
+}
+
+// release gives the disks' locks up, the last thing before the other side may take them.
+func (s *Source) release() error {
 	s.enter(SourceReleasing)
+	s.released = true
 	if err := s.m.ReleaseLocks(); err != nil {
-		s.log("release the disks: %v", err)
+		return fmt.Errorf("release the disks: %w", err)
 	}
 	return nil
 }

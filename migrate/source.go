@@ -483,6 +483,11 @@ func (s *Source) stopGuest() (err error) {
 			return s.lost(err)
 		}
 	}
+	if s.stream.OneWay { // who reads the end may start the guest at once
+		if err := s.release(); err != nil {
+			return err
+		}
+	}
 	if err := s.main.Write(wire.TypeEnd, wire.End{Running: s.running, Rounds: round, Sections: len(sections)}); err != nil {
 		return s.lost(err)
 	}
@@ -495,10 +500,8 @@ func (s *Source) stopGuest() (err error) {
 		return err
 	}
 	lap(&d.Load)
-	s.enter(SourceReleasing)
-	s.released = true
-	if err := s.m.ReleaseLocks(); err != nil {
-		return fmt.Errorf("release the disks: %w", err)
+	if err := s.release(); err != nil {
+		return err
 	}
 	lap(&d.Release)
 	return nil
