@@ -34,7 +34,7 @@ test: ## all checks: lint, unit tests under the race detector, suites in the nes
 test-long: ## the same with long fuzzing and the suites' long forms
 	@BATON_LONG=1 $(MAKE) --no-print-directory test FUZZTIME=60s LIMIT=60m
 
-demo: ## boot a stock Debian kernel on baton: its boot, PCIe tree and disk, pings in both directions
+demo: ## a stock Debian kernel on baton; guests with a VF move between two hosts' NICs, on baton and QEMU: demo.html
 	@mkdir -p $(CACHE)/bin
 	@$(GO) build -o $(CACHE)/bin/demo ./tests/demo
 	@$(CACHE)/bin/demo
