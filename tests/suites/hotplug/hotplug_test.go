@@ -84,7 +84,7 @@ func (v *vm) sh(script string) string { v.Helper(); return v.g.Sh(harness.Contex
 func (v *vm) plugDisk(bus string) string {
 	v.Helper()
 	v.q.Do("device_add", map[string]any{"driver": "virtio-blk-pci", "id": "disk0", "drive": "d", "bus": bus})
-	return v.sh("until [ -e /sys/block/vda/size ]; do sleep 0.02; done; echo vda")
+	return v.sh("until [ -b /dev/vda ]; do sleep 0.02; done; echo vda")
 }
 
 // plugNIC plugs the NIC into a slot, and gives both ends their addresses.

@@ -43,7 +43,7 @@ func TestPlugDuringBoot(t *testing.T) {
 		if data := v.end("DEVICE_DELETED"); data.Device != "rngr2" {
 			t.Errorf("%+v has gone, not rngr2", data)
 		}
-		v.sh("until [ -e /sys/block/vda/size ] && [ $(ls /sys/bus/virtio/drivers/virtio_rng | grep -c virtio) = 2 ]; do sleep 0.1; done")
+		v.sh("until [ -b /dev/vda ] && [ $(ls /sys/bus/virtio/drivers/virtio_rng | grep -c virtio) = 2 ]; do sleep 0.1; done")
 		for _, id := range []string{"disk0", "rngr3", "rngr4"} {
 			t.Logf("%s: unplug %v", id, v.unplug(id, "cooperative").Round(time.Millisecond))
 		}
@@ -66,7 +66,7 @@ func TestReboot(t *testing.T) {
 			v.up()
 		}
 		reboot()
-		if names := v.sh("until [ -e /sys/block/vda/size ]; do sleep 0.02; done; ls /sys/block /sys/class/net"); !strings.Contains(names, "vda") {
+		if names := v.sh("until [ -b /dev/vda ]; do sleep 0.02; done; ls /sys/block /sys/class/net"); !strings.Contains(names, "vda") {
 			t.Errorf("no disk after the reboot: %s", names)
 		}
 		v.sh("dd if=/dev/vda of=/dev/null bs=64k count=16")
@@ -98,7 +98,7 @@ func TestDeaf(t *testing.T) {
 			v := start(t, []string{"-machine", machine}, word)
 			v.up()
 			v.q.Do("device_add", map[string]any{"driver": "virtio-blk-pci", "id": "disk0", "drive": "d", "bus": "r1"})
-			v.sh("echo 1 >/sys/bus/pci/rescan; until [ -e /sys/block/vda/size ]; do sleep 0.02; done; dd if=/dev/vda of=/dev/null bs=64k count=16")
+			v.sh("echo 1 >/sys/bus/pci/rescan; until [ -b /dev/vda ]; do sleep 0.02; done; dd if=/dev/vda of=/dev/null bs=64k count=16")
 			if s := v.slot("r1"); s != "present" {
 				t.Errorf("slot is %s once the guest has found the device by itself", s)
 			}
@@ -154,7 +154,7 @@ func TestGuestEjects(t *testing.T) {
 		if s := v.slot("r1"); s != "present" {
 			t.Errorf("slot is %s", s)
 		}
-		v.sh("echo 1 >/sys/bus/pci/rescan; until [ -e /sys/block/vda/size ]; do sleep 0.02; done")
+		v.sh("echo 1 >/sys/bus/pci/rescan; until [ -b /dev/vda ]; do sleep 0.02; done")
 		v.unplug("disk0", "cooperative")
 		v.healthy()
 	})
