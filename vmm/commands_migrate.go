@@ -256,7 +256,7 @@ func (m *Machine) decideMigration(here bool) error {
 }
 
 func (m *Machine) setCapabilities(a capabilitiesArgs) error {
-	if m.migrating() {
+	if m.migrating() && m.State() != StateInMigrate { // as QEMU, who looks at the source's side
 		return errMigrating
 	}
 	var set []migrate.Capability
