@@ -272,7 +272,12 @@ func TestSurpriseUnderAccess(t *testing.T) {
 		}
 		return len(list)
 	}
-	before, routes := files(), len(s.irq.used)
+	vectors := func() int {
+		s.irq.mu.Lock()
+		defer s.irq.mu.Unlock()
+		return len(s.irq.used)
+	}
+	before, had := files(), vectors()
 	for i := range 40 {
 		s.execute("device_add", map[string]any{"driver": "virtio-blk-pci", "drive": "d", "id": "disk", "bus": "root0"})
 		for s.slotState("root0") != "present" { // the guest has enabled it
@@ -294,8 +299,8 @@ func TestSurpriseUnderAccess(t *testing.T) {
 	if now := files(); now > before {
 		t.Errorf("%d files before, %d after", before, now)
 	}
-	if n := len(s.irq.used); n != routes {
-		t.Errorf("%d vectors before, %d after", routes, n)
+	if n := vectors(); n != had {
+		t.Errorf("%d vectors before, %d after", had, n)
 	}
 	if s.State() != StateRunning {
 		t.Errorf("the guest is %s", s.State())
