@@ -142,20 +142,19 @@ type pageFilter struct {
 func (f *pageFilter) Write(p []byte) (int, error) {
 	for _, c := range p {
 		f.line = append(f.line, c)
-		switch text := string(f.line); {
-		case c == '\n' && strings.HasPrefix(text, pageMark):
-			page, err := base64.StdEncoding.DecodeString(strings.TrimSpace(text[len(pageMark):]))
+		mark := f.line[:min(len(f.line), len(pageMark))]
+		if isPage := strings.HasPrefix(pageMark, string(mark)); isPage && c != '\n' {
+			continue
+		} else if isPage {
+			page, err := base64.StdEncoding.DecodeString(strings.TrimSpace(string(f.line[len(mark):])))
 			if err != nil {
 				return 0, err
 			}
 			f.page = page
-			f.line = f.line[:0]
-		case c == '\n' || !strings.HasPrefix(pageMark, text) && !strings.HasPrefix(text, pageMark):
-			if _, err := f.out.Write(f.line); err != nil {
-				return 0, err
-			}
-			f.line = f.line[:0]
+		} else if _, err := f.out.Write(f.line); err != nil {
+			return 0, err
 		}
+		f.line = f.line[:0]
 	}
 	return len(p), nil
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/base64"
 	"errors"
+	"io"
 	"strings"
 	"testing"
 	"time"
@@ -31,6 +32,16 @@ func TestPageFilter(t *testing.T) {
 		if out.String() != "one\ndemo\npassword: " || string(f.page) != "<page>" {
 			t.Fatalf("%d bytes at a time: %q, page %q", size, &out, f.page)
 		}
+	}
+}
+
+// A page is large; what reads it must not take longer the more there is of it already.
+func TestLargePage(t *testing.T) {
+	f := &pageFilter{out: io.Discard}
+	const size = 8 << 20
+	text := pageMark + base64.StdEncoding.EncodeToString(make([]byte, size)) + "\n"
+	if _, err := f.Write([]byte(text)); err != nil || len(f.page) != size {
+		t.Fatalf("page of %d bytes, %v", len(f.page), err)
 	}
 }
 
