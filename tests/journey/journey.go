@@ -144,6 +144,9 @@ func (w *World) Start(ctx context.Context, way Way, host int, incoming bool) *Ma
 	}
 	if primary != "" && way.Unplug != "" {
 		primary += ",failover-unplug=" + way.Unplug
+		if way.Unplug == "cooperative" { // as patient as QEMU is, which waits for ever
+			primary += ",failover-unplug-timeout=60000"
+		}
 	}
 	if primary != "" {
 		args = append(args, "-device", primary+",id=hostdev0,bus=root1,failover_pair_id=net1")
