@@ -110,17 +110,19 @@ func TestIRQFDResample(t *testing.T) {
 	const pin = 11
 	must(t, g.vm.SetRoutes([]Route{{GSI: pin, Addr: msiBase, Data: levelMSI | assertMSI | vector}}))
 	must(t, g.vm.IRQFDResample(fd, resample, pin))
-	for reported := 0; reported < 3; {
+	for range 3 {
 		signal(t, fd)
 		g.Bind()
-		// A busy kvm_pvm may drop the exit of the handler's report when a signal of the Go
-		// runtime comes just then: the interrupt has ended all the same, and counts as none.
-		switch r, err := g.Run(); {
-		case err == nil && r == ExitIO && g.IO().Port == reportPort:
-			g.expect(t, ExitIOAPICEOI)
-			reported++
-		case err != nil || r != ExitIOAPICEOI || g.sys.Kind() != PVM:
-			t.Fatalf("Run = %v, %v, want the handler's report", r, err)
+		reports := 0
+		for r, err := g.Run(); r != ExitIOAPICEOI || err != nil; r, err = g.Run() {
+			if err != nil || r != ExitIO || g.IO().Port != reportPort {
+				t.Fatalf("Run = %v, %v, want the handler's report or its EOI", r, err)
+			}
+			reports++
+		}
+		// kvm_pvm may lose or repeat an exit when its thread was preempted.
+		if reports != 1 && g.sys.Kind() != PVM {
+			t.Fatalf("%d reports before the EOI, want 1", reports)
 		}
 		if v := g.EOIVector(); v != vector {
 			t.Fatalf("EOIVector = %#x, want %#x", v, vector)
