@@ -41,19 +41,6 @@ func (m *Machine) quiescers() (list []devices.Quiescer) {
 	return list
 }
 
-// immobile are the devices whose state cannot be saved, by their names: they have to be taken
-// away before the machine can move.
-func (m *Machine) immobile() (names []string) {
-	_, not := m.pci.Staters()
-	for _, f := range not {
-		if m.isPrimary(f) {
-			continue
-		}
-		names = append(names, f.Config().ID())
-	}
-	return names
-}
-
 // dirtySources are all that write to guest memory: the guest itself, baton, and the kernel's
 // virtio-net.
 func (m *Machine) dirtySources() []migrate.DirtySource {

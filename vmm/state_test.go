@@ -350,7 +350,7 @@ func TestWholeSections(t *testing.T) {
 	if !slices.Equal(ids, want) {
 		t.Errorf("sections %q, want %q", ids, want)
 	}
-	if got := next.immobile(); len(got) > 0 {
+	if got := next.blockers(); len(got) > 0 {
 		t.Errorf("cannot move: %q", got)
 	}
 	disks := func(w *whole, f func(d *blk.Disk) error) {
