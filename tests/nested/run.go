@@ -116,25 +116,29 @@ func (e env) runSuites(ctx context.Context, o runOptions, patterns []string) (in
 	for _, s := range suites {
 		say("suite %s", short(s.pkg))
 		before := r.counts()
-		err := e.runSuite(ctx, m, s, o, baton, bin, r, events)
-		if errors.Is(err, errGone) && ctx.Err() == nil && !m.panicked() {
+		attempt := func() error {
+			err := e.runSuite(ctx, m, s, o, baton, bin, r, events)
 			// The emulation of nested SVM now and then resets the whole machine. That says
-			// nothing about the suite, which gets one more chance, and the summary counts it.
-			m.close()
-			say("nested host: QEMU ended by itself (%v), without a word from its kernel; the suite starts again in a new one", m.cmd.ProcessState)
-			again, berr := e.start(ctx, false, o.out)
-			if berr != nil {
-				return 1, berr
+			// nothing about the suite, which gets another chance, and the summary counts it.
+			for n := 0; n < maxResets && errors.Is(err, errGone) && ctx.Err() == nil && !m.panicked(); n++ {
+				m.close()
+				say("nested host: QEMU ended by itself (%v), without a word from its kernel; the suite starts again in a new one", m.cmd.ProcessState)
+				again, berr := e.start(ctx, false, o.out)
+				if berr != nil {
+					return berr
+				}
+				m = again
+				r.rewind(before)
+				err = e.runSuite(ctx, m, s, o, baton, bin, r, events)
 			}
-			m = again
-			r.rewind(before)
-			err = e.runSuite(ctx, m, s, o, baton, bin, r, events)
+			return err
 		}
+		err := attempt()
 		if mark := filepath.Join(m.out, s.name(), tripleFaultMark); ctx.Err() == nil && os.Remove(mark) == nil && r.counts().worse(before) {
 			// It makes guests triple-fault as well, of whatever VMM.
 			say("a guest of suite %s triple-faulted; the suite starts again", short(s.pkg))
 			r.rewind(before)
-			err = e.runSuite(ctx, m, s, o, baton, bin, r, events)
+			err = attempt()
 		}
 		if err != nil {
 			problems = append(problems, fmt.Errorf("suite %s: %w", short(s.pkg), err))
@@ -145,6 +149,9 @@ func (e env) runSuites(ctx context.Context, o runOptions, patterns []string) (in
 	}
 	return e.conclude(ctx, m, o, r, problems)
 }
+
+// maxResets is how often the nested host may end by itself under one suite.
+const maxResets = 3
 
 // conclude keeps or removes what a run left and says the result.
 func (e env) conclude(ctx context.Context, m *machine, o runOptions, r *report, problems []error) (int, error) {
