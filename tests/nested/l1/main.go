@@ -14,6 +14,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -30,8 +31,15 @@ func main() {
 	unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)
 }
 
+// maxFiles is how many files a process of L1 may have open: as many as under systemd.
+const maxFiles = 512 << 10
+
 func run() error {
 	s := setup{}
+	// A service manager would do so; a kernel alone leaves 4096.
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: maxFiles, Max: maxFiles}); err != nil {
+		return fmt.Errorf("limit of open files: %w", err)
+	}
 	s.mount("proc", "/proc", "proc", 0, "")
 	s.mount("sysfs", "/sys", "sysfs", 0, "")
 	s.mount("devtmpfs", "/dev", "devtmpfs", 0, "")
