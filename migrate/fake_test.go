@@ -586,8 +586,15 @@ func (tr *trip) start() {
 	if tr.source, err = NewSource(tr.from, s); err != nil {
 		tr.t.Fatal(err)
 	}
-	go func() { tr.targetEnd <- tr.target.Run() }()
-	go func() { tr.sourceEnd <- tr.source.Run() }()
+	// Both have ended before the machines' memory goes, whatever the test waits for.
+	var running sync.WaitGroup
+	running.Go(func() { tr.targetEnd <- tr.target.Run() })
+	running.Go(func() { tr.sourceEnd <- tr.source.Run() })
+	tr.t.Cleanup(func() {
+		tr.killSource()
+		tr.killTarget()
+		running.Wait()
+	})
 }
 
 // wait waits for something that happens.
