@@ -37,7 +37,9 @@ func (m *Machine) newHuman(s *qmp.Server) *hmp.Monitor {
 		Views: []hmp.View{
 			{Name: "network", Help: "the network cards and what is behind them", Text: m.networkText},
 			{Name: "qtree", Help: "the devices, by their buses", Text: m.deviceText},
+			{Name: "failover", Help: "the failover pairs: where each primary is, and why", Text: m.failoverText},
 			{Name: "mtree", Help: "what is where in memory and I/O space", Text: m.addressText},
+			{Name: "registers", Help: "where each CPU stands", Text: m.registersText},
 		},
 	})
 }
@@ -135,5 +137,48 @@ func (m *Machine) addressText() string {
 	m.mmio.Walk(line(16))
 	b.WriteString("address-space: I/O\n")
 	m.ports.Walk(line(4))
+	return b.String()
+}
+
+// registersText is info registers. The vCPUs stand still for it.
+func (m *Machine) registersText() string {
+	var b strings.Builder
+	running := m.State() == StateRunning
+	m.stopVCPUs()
+	for _, c := range m.vcpus {
+		fmt.Fprintln(&b, m.describe(c, "registers"))
+	}
+	if running {
+		m.goOn()
+	}
+	return b.String()
+}
+
+// failoverText is info failover.
+func (m *Machine) failoverText() string {
+	var b strings.Builder
+	for _, p := range m.pairInfos() {
+		fmt.Fprintf(&b, "%s: ", p.Standby)
+		if p.Primary == nil {
+			b.WriteString("no primary\n")
+			continue
+		}
+		fmt.Fprintf(&b, "primary %s is %s, for %d ms\n", *p.Primary, p.State, p.For)
+		fmt.Fprintf(&b, "    the guest's driver has %sacked STANDBY\n", map[bool]string{false: "not "}[p.Negotiated])
+		fmt.Fprintf(&b, "    open: %s, wanted away: %s", spell(p.Open), spell(p.Away))
+		if p.Slot != nil {
+			fmt.Fprintf(&b, ", slot: %s", *p.Slot)
+		}
+		if p.Unplug != nil {
+			fmt.Fprintf(&b, ", unplug: %s", *p.Unplug)
+		}
+		b.WriteString("\n")
+		if p.Reason != nil {
+			fmt.Fprintf(&b, "    %s\n", *p.Reason)
+		}
+		for _, s := range p.Switches {
+			fmt.Fprintf(&b, "    %s: to the %s, after %.1f ms; %d frames held, %d dropped\n", s.Point, s.To, float64(s.Outage)/1000, s.Held, s.Dropped)
+		}
+	}
 	return b.String()
 }

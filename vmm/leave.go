@@ -26,6 +26,16 @@ func (m *Machine) hooks() []migrate.Hook {
 	return []migrate.Hook{primariesCome{m}}
 }
 
+// unplugPrimaries tells which primaries the guest is about to be asked for, as QEMU does before it
+// says that the migration waits for that.
+func (m *Machine) unplugPrimaries() {
+	for _, p := range m.pairs {
+		if !p.Status().Away && p.InSlot() {
+			m.events.Publish("UNPLUG_PRIMARY", failoverEvent{p.primary.ID})
+		}
+	}
+}
+
 // primariesLeave takes all primaries away from a guest that is to move. It implements
 // migrate.Preparer.
 type primariesLeave struct{ m *Machine }
@@ -41,9 +51,6 @@ func (l primariesLeave) Prepare(ctx context.Context) (undo func(), err error) {
 				continue
 			}
 			taken = append(taken, p)
-			if p.InSlot() {
-				l.m.events.Publish("UNPLUG_PRIMARY", failoverEvent{p.primary.ID})
-			}
 			waits++
 			name := p.standby
 			if p.primary != nil {

@@ -190,6 +190,8 @@ func (m *Machine) migrationEvents() func(migrate.Event) {
 			return
 		case e.State.Final():
 			_ = m.call(func() { m.migrationEnded(e) }) // unless the machine has ended
+		case e.State == migrate.SourcePreparing:
+			_ = m.call(m.unplugPrimaries)
 		case e.State == migrate.SourceStopping:
 			return
 		}

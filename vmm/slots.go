@@ -74,7 +74,14 @@ func (h slotHost) Changed(s *pci.Slot, state pci.SlotState) {
 func (m *Machine) flushVCPUs() {
 	running := m.State() == StateRunning
 	m.stopVCPUs()
-	if running && len(m.requests) == 0 { // a request stops the guest, and is served next
+	if running {
+		m.goOn()
+	}
+}
+
+// goOn lets vCPUs go on that were stopped for a moment.
+func (m *Machine) goOn() {
+	if len(m.requests) == 0 { // a request stops the guest, and is served next
 		m.gate.open()
 	}
 }

@@ -160,6 +160,13 @@ func (w *World) Start(ctx context.Context, way Way, host int, incoming bool) *Ma
 	m.Guest = harness.Start(w.T, harness.GuestConfig{VMM: way.VMM, Args: append(args, way.Args...), Name: fmt.Sprintf("%s-%d", strings.ReplaceAll(way.Name, " ", "-"), w.n)})
 	m.QMP = harness.DialQMP(w.T, ctx, base+".qmp")
 	m.Log = record(w.T, ctx, base+".log")
+	if !way.qemu() {
+		w.T.Cleanup(func() {
+			if w.T.Failed() {
+				m.Autopsy(base + ".qmp")
+			}
+		})
+	}
 	m.QMP.Do("migrate-set-capabilities", map[string]any{"capabilities": []any{map[string]any{"capability": "events", "state": true}}})
 	if incoming {
 		m.QMP.Do("migrate-incoming", map[string]any{"uri": m.URI})
@@ -182,7 +189,7 @@ func (w *World) Boot(ctx context.Context, way Way) *Machine {
 
 // WaitPrimary waits until the guest's net_failover has a primary with a carrier.
 func (m *Machine) WaitPrimary(ctx context.Context) {
-	m.Output(ctx, "sh", "-c", "until [ \"$(cat /sys/class/net/eth2/carrier 2>/dev/null)\" = 1 ]; do usleep 2000; done")
+	m.Output(ctx, "@carrier", "eth2")
 }
 
 // Trip is what became of one.
