@@ -47,6 +47,8 @@ type machine struct {
 	version  uint16 // of the section cpu
 	failAt   string // the method that fails
 	burst    int    // steps in a tenth of a millisecond
+	late     []Late // what came after it had left its source
+	stood    time.Duration
 }
 
 const testPages = 1200 // more than a block, and no multiple of it
@@ -253,9 +255,20 @@ func (m *machine) Resume(running bool) error {
 	return err
 }
 
-func (m *machine) Start(running bool) error {
+func (m *machine) TakeLate() []Late {
+	return []Late{{Name: "net", Frames: [][]byte{[]byte("late for " + m.name)}, Dropped: 3}}
+}
+
+func (m *machine) GiveLate(list []Late) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.late = list
+}
+
+func (m *machine) Start(running bool, stopped time.Duration) error {
 	unlock, err := m.alive("Start")
 	defer unlock()
+	m.stood = stopped
 	if err == nil && running {
 		m.run()
 	}

@@ -2,6 +2,7 @@ package migrate
 
 import (
 	"context"
+	"time"
 
 	"baton/kvm/guestmem"
 	"baton/migrate/wire"
@@ -50,6 +51,9 @@ type SourceMachine interface {
 	// Flush writes what the host caches for the disks. It is called once before Pause, while
 	// the guest runs, and again after it.
 	Flush() error
+	// TakeLate is what has come for the guest since Pause, at most wire.MaxLate bytes. It is called
+	// when the guest runs on the target, which gets it.
+	TakeLate() []Late
 }
 
 // TargetMachine is the machine that the guest arrives in: built with the same configuration,
@@ -62,12 +66,18 @@ type TargetMachine interface {
 	// Start lets the guest go: it unquiesces the devices and, if the guest ran on the source,
 	// starts the vCPUs. It is called once, when the locks are taken. An error says that nothing
 	// of the guest has run.
-	Start(running bool) error
+	// Stopped is for how long nobody has run it, 0 if that is not known.
+	Start(running bool, stopped time.Duration) error
+	// GiveLate gets what SourceMachine.TakeLate returned, soon after Start.
+	GiveLate(list []Late)
 }
 
 // Fact is one thing that both sides must agree on: a name, such as "machine", "ram",
 // "cpu/0x7.0/ebx", "device/pci/0000:00:02.0", and a value, for people to read as well.
 type Fact = wire.Fact
+
+// Late is what came for a network card of the guest when that had left.
+type Late = wire.Late
 
 // SectionInfo names a section: see devices.StateInfo, which it repeats.
 type SectionInfo struct {

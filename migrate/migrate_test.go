@@ -48,6 +48,12 @@ func TestMigrate(t *testing.T) {
 				}
 				tr.start()
 				tr.succeeds()
+				if l := tr.to.late; len(l) != 1 || len(l[0].Frames) != 1 || string(l[0].Frames[0]) != "late for "+tr.from.name || l[0].Dropped != 3 {
+					t.Errorf("what came late: %+v", l)
+				}
+				if tr.to.stood <= 0 || tr.to.stood > tr.source.Stats().Downtime.Total {
+					t.Errorf("the target takes the guest to have stood still for %v of %v", tr.to.stood, tr.source.Stats().Downtime.Total)
+				}
 				s, d := tr.source.Stats(), tr.target.Stats()
 				ram := s.RAM
 				if ram.Normal < testPages/2 || ram.Zero < testPages/4 || ram.Normal != d.RAM.Normal || ram.Zero != d.RAM.Zero || ram.Transferred == 0 ||

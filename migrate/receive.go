@@ -236,7 +236,14 @@ func (t *Target) readPayload(in *incoming, c *wire.Conn, main bool, h wire.Heade
 			return err
 		}
 		return &abortion{m.Err()}
-	case wire.TypeCommit, wire.TypeDone:
+	case wire.TypeDone:
+		m := new(wire.Done)
+		if f = m; h.Length == 0 {
+			err = c.ReadMessage(h, nil)
+		} else {
+			err = c.ReadMessage(h, m)
+		}
+	case wire.TypeCommit:
 		err, f = c.ReadMessage(h, nil), h.Type
 	default:
 		err = fmt.Errorf("%w: %s from the source", wire.ErrCorrupt, h.Type)
@@ -288,7 +295,7 @@ func (t *Target) receive(in *incoming) error {
 				return fmt.Errorf("%w: %d sections and %d rounds, the source has sent %d and %d", wire.ErrCorrupt,
 					len(come), in.rounds.ended(), f.Sections, f.Rounds)
 			}
-			in.end = f
+			in.end, in.stopped = f, time.Now().Add(-time.Duration(f.Stopped)*time.Microsecond)
 			return t.load(in, come)
 		default:
 			return fmt.Errorf("%w: %v while RAM is sent", wire.ErrCorrupt, f)

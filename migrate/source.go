@@ -190,7 +190,11 @@ func (s *Source) Run() error {
 	last := s.now()
 	s.finish()
 	s.enter(SourceCompleted)
-	s.leave(wire.TypeDone, nil, last == SourceCommitting)
+	var done any
+	if late := s.m.TakeLate(); len(late) > 0 {
+		done = wire.Done{Late: late}
+	}
+	s.leave(wire.TypeDone, done, last == SourceCommitting)
 	return nil
 }
 
@@ -488,7 +492,11 @@ func (s *Source) stopGuest() (err error) {
 			return err
 		}
 	}
-	if err := s.main.Write(wire.TypeEnd, wire.End{Running: s.running, Rounds: round, Sections: len(sections)}); err != nil {
+	end := wire.End{Running: s.running, Rounds: round, Sections: len(sections)}
+	if !s.stream.OneWay { // which may lie somewhere before it is read
+		end.Stopped = time.Since(begin).Microseconds()
+	}
+	if err := s.main.Write(wire.TypeEnd, end); err != nil {
 		return s.lost(err)
 	}
 	lap(&d.Save)

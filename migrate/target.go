@@ -63,6 +63,7 @@ type incoming struct {
 	rounds   barrier
 	frames   chan any  // what is not RAM, from the reader of main
 	end      *wire.End // when it has come
+	stopped  time.Time // when the guest was stopped, as end says
 	began    bool      // RAM may have been written
 	loaded   bool      // the source may commit: it has to know what becomes of that
 }
@@ -509,7 +510,11 @@ func (t *Target) start(in *incoming) error {
 	if err := t.m.TakeLocks(); err != nil {
 		return fmt.Errorf("lock the disks: %w", err)
 	}
-	if err := t.m.Start(in.end.Running); err != nil {
+	stopped := time.Since(in.stopped)
+	if in.stream.OneWay { // it may have lain somewhere
+		stopped = 0
+	}
+	if err := t.m.Start(in.end.Running, stopped); err != nil {
 		return errors.Join(err, t.m.ReleaseLocks())
 	}
 	return nil
@@ -552,7 +557,10 @@ func (t *Target) awaitSource(in *incoming) (run bool) {
 	for {
 		select {
 		case f := <-in.frames:
-			if f == wire.TypeDone {
+			if done, ok := f.(*wire.Done); ok {
+				if t.settledAs(runs) {
+					t.m.GiveLate(done.Late)
+				}
 				t.sourceKnows()
 			}
 		case <-lost:

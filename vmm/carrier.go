@@ -274,14 +274,30 @@ func (c *carrier) arrives() {
 	defer c.mu.Unlock()
 	c.begun()
 	c.do(steer.Standby)
-	c.net.Discard() // the guest had that there
+	c.net.TakeWaiting(0) // the guest had that there
 }
 
-// resumed says that the guest goes on, on the standby.
-func (c *carrier) resumed() {
+// resumed says that the guest goes on, on the standby. It has stood still for that long; 0: as
+// long as was seen from here.
+func (c *carrier) resumed(stopped time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if stopped > 0 {
+		c.since = time.Now().Add(-stopped)
+	}
 	c.say("resume", "standby", 0, 0)
+}
+
+// late says what came for the guest where it was before, and is handed on only now.
+func (c *carrier) late(held, dropped int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for i := range c.last {
+		if s := &c.last[len(c.last)-1-i]; s.Point == "resume" {
+			s.Held, s.Dropped = int64(held), int64(dropped)
+			return
+		}
+	}
 }
 
 // gone says that the guest is on another host, or has ended.

@@ -240,16 +240,7 @@ func (m *Machine) setLink(a linkArgs) (none qmp.None, err error) {
 func (m *Machine) announce(ctx context.Context, a announceArgs) {
 	wait := min(max(0, a.Initial), a.Max)
 	for range a.Rounds {
-		err := m.call(func() {
-			for _, n := range m.networkCards() {
-				if a.Interfaces == nil || slices.Contains(a.Interfaces, n.netName()) {
-					if err := n.Announce(); err != nil {
-						m.log.Warn(fmt.Sprintf("announce %s: %v", n.Device, err))
-					}
-				}
-			}
-		})
-		if err != nil {
+		if err := m.call(func() { m.announceOnce(a.Interfaces) }); err != nil {
 			return
 		}
 		select {
@@ -258,6 +249,17 @@ func (m *Machine) announce(ctx context.Context, a announceArgs) {
 			return
 		}
 		wait = min(max(0, wait+a.Step), a.Max)
+	}
+}
+
+// announceOnce is a round of announce; no interfaces are all.
+func (m *Machine) announceOnce(interfaces []string) {
+	for _, n := range m.networkCards() {
+		if interfaces == nil || slices.Contains(interfaces, n.netName()) {
+			if err := n.Announce(); err != nil {
+				m.log.Warn(fmt.Sprintf("announce %s: %v", n.Device, err))
+			}
+		}
 	}
 }
 

@@ -4,8 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
+	"baton/devices/steer"
 	"baton/migrate"
+	"baton/migrate/wire"
 	"baton/vmm/failover"
 )
 
@@ -155,12 +158,49 @@ func (m *Machine) guestComes() {
 	}
 }
 
-// guestCame is told that it runs here.
-func (m *Machine) guestCame() {
+// guestCame is told that it runs here, after it has stood still for that long.
+func (m *Machine) guestCame(stopped time.Duration) {
 	for _, p := range m.pairs {
 		if p.coming {
 			p.coming = false
-			p.carrier.resumed()
+			p.carrier.resumed(stopped)
+		}
+	}
+}
+
+// takeLate returns what has come for the guest's network cards since it was stopped: it runs
+// elsewhere, and has told the network so.
+func (m *Machine) takeLate() (list []migrate.Late) {
+	room := wire.MaxLate
+	for _, n := range m.networkCards() {
+		frames, dropped := n.TakeWaiting(room)
+		for _, f := range frames {
+			room -= len(f)
+		}
+		if len(frames)+dropped > 0 {
+			m.log.Info("migration: frames came when the guest had left", "card", n.Device, "sent after it", len(frames), "dropped", dropped)
+			list = append(list, migrate.Late{Name: n.netName(), Frames: frames, Dropped: dropped})
+		}
+	}
+	return list
+}
+
+// giveLate gives the guest what takeLate returned where it was before.
+func (m *Machine) giveLate(list []migrate.Late) {
+	for _, l := range list {
+		for _, n := range m.networkCards() {
+			if n.netName() != l.Name {
+				continue
+			}
+			sent, err := steer.Send(n.Interface(), l.Frames)
+			if err != nil {
+				m.log.Warn(fmt.Sprintf("frames that came to the source: %v", err))
+			}
+			l.Dropped += len(l.Frames) - sent
+			m.log.Info("migration: frames that came to the source", "card", n.Device, "given to the guest", sent, "dropped", l.Dropped)
+			if p := m.pairOf(n.ID); p != nil && p.carrier != nil {
+				p.carrier.late(sent, l.Dropped)
+			}
 		}
 	}
 }

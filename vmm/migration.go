@@ -282,7 +282,7 @@ func parseIncoming(uri string) (wire.Address, error) {
 }
 
 // arrived lets the guest go that has come, as it was on the source unless -S says otherwise.
-func (m *Machine) arrived(running bool) error {
+func (m *Machine) arrived(running bool, stopped time.Duration) error {
 	if err := m.unquiesce(); err != nil {
 		return err
 	}
@@ -292,8 +292,11 @@ func (m *Machine) arrived(running bool) error {
 	} else {
 		m.resume()
 	}
-	m.guestCame()
+	m.guestCame(stopped)
 	p := m.migration.params
+	if p.AnnounceRounds > 0 { // before the source hears that the guest is here: see takeLate
+		m.announceOnce(nil)
+	}
 	go m.announce(context.Background(), announceArgs{Initial: int64(p.AnnounceInitial), Max: int64(p.AnnounceMax), Rounds: int64(p.AnnounceRounds), Step: int64(p.AnnounceStep)})
 	return nil
 }

@@ -2,6 +2,7 @@ package vmm
 
 import (
 	"errors"
+	"time"
 
 	"baton/devices"
 	"baton/devices/virtio/blk"
@@ -114,4 +115,15 @@ func (v mover) eachDisk(f func(*blk.Disk) error) (err error) {
 }
 
 // Start implements migrate.TargetMachine.
-func (v mover) Start(running bool) error { return v.do(func() error { return v.arrived(running) }) }
+func (v mover) Start(running bool, stopped time.Duration) error {
+	return v.do(func() error { return v.arrived(running, stopped) })
+}
+
+// TakeLate implements migrate.SourceMachine.
+func (v mover) TakeLate() (list []migrate.Late) {
+	_ = v.call(func() { list = v.takeLate() })
+	return list
+}
+
+// GiveLate implements migrate.TargetMachine.
+func (v mover) GiveLate(list []migrate.Late) { _ = v.call(func() { v.giveLate(list) }) }

@@ -9,6 +9,7 @@
 package tap
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"strings"
@@ -273,15 +274,25 @@ func (t *TAP) SetQueues(n int) error {
 	return nil
 }
 
-// Discard throws away the frames that wait in a queue, at most as many as a queue holds
-// by default many times over, so that a flood cannot hold it.
-func (t *TAP) Discard(queue int) {
-	var head [64]byte // a read takes the whole frame, however little of it fits
+// Take returns the frames that wait in a queue, each with its header, at most so many bytes of
+// them. The rest, up to as many as a queue holds by default many times over, so that a flood
+// cannot hold it, are thrown away and counted.
+func (t *TAP) Take(queue, limit int) (frames [][]byte, dropped int) {
+	buf := make([]byte, HeaderSize+1<<16)
 	for range 8192 {
-		if _, err := unix.Read(t.fds[queue], head[:]); err != nil && err != unix.EINTR {
-			return
+		n, err := unix.Read(t.fds[queue], buf)
+		switch {
+		case err == unix.EINTR:
+		case err != nil:
+			return frames, dropped
+		case n > limit:
+			dropped++
+		default:
+			limit -= n
+			frames = append(frames, append([]byte(nil), buf[:n]...))
 		}
 	}
+	return frames, dropped
 }
 
 // Send puts a frame, which is complete and without header, on the first queue as if the guest
@@ -330,4 +341,19 @@ func (t *TAP) Close() error {
 	}
 	t.fds, t.detached = nil, nil
 	return errors.Join(errs...)
+}
+
+// RARP is the frame of a RARP request (RFC 903) of a host for its own address, which bridges learn from and nobody
+// answers. It is as long as the shortest Ethernet frame, without checksum.
+func RARP(mac [6]byte) []byte {
+	f := make([]byte, 0, 60)
+	f = append(f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff)
+	f = append(f, mac[:]...)
+	for _, v := range []uint16{0x8035 /* RARP */, 1 /* Ethernet */, 0x0800 /* IPv4 */, 6<<8 | 4 /* lengths */, 3 /* request reverse */} {
+		f = binary.BigEndian.AppendUint16(f, v)
+	}
+	f = append(f, mac[:]...)
+	f = append(f, 0, 0, 0, 0)
+	f = append(f, mac[:]...)
+	return f[:cap(f)]
 }

@@ -274,9 +274,11 @@ func TestFrames(t *testing.T) {
 	for i := range 100 {
 		host.Send(taptest.Frame(byte(i), 60))
 	}
-	tap.Discard(0)
+	if frames, dropped := tap.Take(0, 10*(HeaderSize+len(taptest.Frame(0, 60)))); len(frames) != 10 || dropped != 90 || !bytes.Equal(frames[9][HeaderSize:], taptest.Frame(9, 60)) {
+		t.Errorf("%d frames, %d dropped", len(frames), dropped)
+	}
 	if _, err := tap.Readv(0, iov(header, in)); err != unix.EAGAIN {
-		t.Errorf("after Discard: %v", err)
+		t.Errorf("after Take: %v", err)
 	}
 
 	if _, err := tap.Writev(0, iov(bytes.Repeat([]byte{0xff}, HeaderSize), out)); err != unix.EINVAL {

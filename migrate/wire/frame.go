@@ -28,7 +28,7 @@ const (
 	TypeSection Type = 6  // Section
 	TypeEnd     Type = 7  // all is sent: End
 	TypeCommit  Type = 8  // the guest is the target's
-	TypeDone    Type = 9  // the source knows that the target has it
+	TypeDone    Type = 9  // the source knows that the target has it: nothing, or Done
 	TypeAbort   Type = 10 // the guest stays where it is: Reason
 	TypeAlive   Type = 11 // nothing to say; both sides
 
@@ -71,7 +71,7 @@ func (t Type) limit() uint32 {
 		return maxHello
 	case TypePages:
 		return maxPages
-	case TypeSection:
+	case TypeSection, TypeDone:
 		return MaxSection
 	}
 	return maxSmall

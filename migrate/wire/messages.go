@@ -72,7 +72,24 @@ type End struct {
 	Running  bool `cbor:"1,keyasint"` // the vCPUs are to be started
 	Rounds   int  `cbor:"2,keyasint"`
 	Sections int  `cbor:"3,keyasint"`
+	// Stopped is for how long the guest has stood still, in µs.
+	Stopped int64 `cbor:"4,keyasint,omitempty"`
 }
+
+// Done has what came for the guest after it had left.
+type Done struct {
+	Late []Late `cbor:"1,keyasint,omitempty"`
+}
+
+// Late is what came for one network card.
+type Late struct {
+	Name    string   `cbor:"1,keyasint"` // the device's id, or what stands for it
+	Frames  [][]byte `cbor:"2,keyasint"` // each with the header that a TAP gives it
+	Dropped int      `cbor:"3,keyasint,omitempty"`
+}
+
+// MaxLate is the most bytes of frames that a Done carries.
+const MaxLate = MaxSection / 2
 
 // Ask is the source's question after it has lost the connection.
 type Ask struct {

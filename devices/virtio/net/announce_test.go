@@ -6,6 +6,7 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"baton/devices/tap"
 	"baton/devices/virtio"
 )
 
@@ -61,7 +62,7 @@ func TestAnnounceErrors(t *testing.T) {
 
 // What bridges learn is 60 bytes, the least that Ethernet carries.
 func TestRARPLength(t *testing.T) {
-	if got := fmt.Sprintf("%x", rarp(testMAC)); got != announcement || len(got) != 120 {
+	if got := fmt.Sprintf("%x", tap.RARP(testMAC)); got != announcement || len(got) != 120 {
 		t.Errorf("%d: %s", len(got)/2, got)
 	}
 }

@@ -33,8 +33,8 @@ type Backend interface {
 	// SetLog has what the kernel writes to guest memory logged; nil ends it. What this process
 	// writes is in guest memory's own log.
 	SetLog(log *vhost.Log) error
-	// Discard throws away what waits.
-	Discard()
+	// Take returns what waits, up to a number of bytes, and throws the rest away: see tap.TAP.
+	Take(limit int) (frames [][]byte, dropped int)
 	// Name is the name of the host's end.
 	Name() string
 	// Send gives the host a frame, without header, as if the driver had sent it.
@@ -99,10 +99,15 @@ func (h host) Name() string { return h.tap.Name() }
 
 func (h host) SetLog(*vhost.Log) error { return nil }
 
-func (h host) Discard() {
+func (h host) Take(limit int) (frames [][]byte, dropped int) {
 	for i := range h.tap.Queues() {
-		h.tap.Discard(i)
+		list, more := h.tap.Take(i, limit)
+		for _, f := range list {
+			limit -= len(f)
+		}
+		frames, dropped = append(frames, list...), dropped+more
 	}
+	return frames, dropped
 }
 
 func (h host) Send(frame []byte) error { return h.tap.Send(frame) }

@@ -169,14 +169,15 @@ func (n *Net) TakeHeld() (frames [][]byte, h Held, err error) {
 	return frames, h, err
 }
 
-// Discard throws away what has come for the driver of a device that is not served: the driver
-// got it elsewhere.
-func (n *Net) Discard() {
+// TakeWaiting returns what has come for the driver of a device that is not served, each frame
+// with its header, at most so many bytes; the rest is thrown away and counted.
+func (n *Net) TakeWaiting(limit int) (frames [][]byte, dropped int) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.running == 0 {
-		n.backend.Discard()
+	if n.running > 0 {
+		return nil, 0
 	}
+	return n.backend.Take(limit)
 }
 
 // Interface is the name of the host's end.

@@ -302,7 +302,7 @@ func (n *Net) SetLink(up bool) {
 		return
 	}
 	if up {
-		n.backend.Discard()
+		n.backend.Take(0)
 	}
 	if err := n.serve(); err != nil {
 		n.act.Failed(err)

@@ -64,7 +64,7 @@ func (f *fake) SetPairs(n int) error              { return f.do("pairs %d", n) }
 func (f *fake) SetOffloads(features uint64) error { return f.do("offloads %#x", features) }
 func (f *fake) Send(frame []byte) error           { return f.do("send %x", frame) }
 func (f *fake) Name() string                      { return "fake" }
-func (f *fake) Discard()                          { _ = f.do("discard") }
+func (f *fake) Take(int) ([][]byte, int)          { _ = f.do("discard"); return nil, 0 }
 func (f *fake) Close() error                      { return f.do("close") }
 func (f *fake) SetLog(log *vhost.Log) error       { return f.do("log %v", log != nil) }
 
