@@ -15,7 +15,7 @@ type (
 		ID   string       `json:"id"` // of the standby, or of the primary
 		To   switchTarget `json:"to"`
 		Host *string      `json:"host"` // to primary: from now on this function of the host
-		Pool *string      `json:"pool"` // to primary: from now on any free VF of this PF
+		Pool *string      `json:"pool"` // to primary: from now on any free VF of this PF, or of these: PF+PF
 	}
 
 	// pairInfo is a pair as query-failover and query-pci show it.

@@ -58,7 +58,7 @@ var drivers = []driver{
 	{schema{name: "vfio-pci", help: "PCI function of the host, such as a VF", props: onPCI(asPrimary(
 		prop{name: "host", help: "its address there, 0000:01:10.0"},
 		prop{name: "sysfsdev", help: "its folder below /sys, in place of host="},
-		prop{name: "pool", help: "interface or address of a PF, in place of host=: any free VF of it"},
+		prop{name: "pool", help: "interface or address of a PF, in place of host=: any free VF of it; several: PF+PF"},
 		prop{name: "bind", kind: kindEnum, enum: []string{"off", "auto"}, def: "off", help: "auto: take it from its driver, and give it back at the end"},
 		prop{name: "rombar", kind: kindUint, max: 1, def: uint64(1), help: "1: show the option ROM, if there is one"},
 	)...)}, busPCI, ""},

@@ -36,6 +36,15 @@ func (s *Steerer) Uplink() string {
 	return ""
 }
 
+// announce tells the wire of a PF that the MAC is there. Where the TAP is, its device does that.
+func (s *Steerer) announce(pf string) error {
+	if pf == "" || len(s.c.MAC) != 6 {
+		return nil
+	}
+	_, err := Send(pf, [][]byte{append(make([]byte, tap.HeaderSize), tap.RARP([6]byte(s.c.MAC))...)})
+	return err
+}
+
 // Send sends frames as they come out of a TAP, each with a header of tap.HeaderSize bytes, by an
 // interface: a PF hands on those for its VFs. It returns how many were sent.
 func Send(ifname string, frames [][]byte) (sent int, err error) {

@@ -53,7 +53,7 @@ const (
 	Hide    Step = "hide"    // not to the VF, which baton has taken
 	Both    Step = "both"    // to the VF, if it has the MAC, and to the TAP
 	GiveMAC Step = "mac"     // the VF gets the MAC, which its driver is about to read
-	Primary Step = "primary" // to the VF
+	Primary Step = "primary" // to the VF; the switch at the PF's wire, which need not be the bridge's, is told
 	Standby Step = "standby" // to the TAP
 	Gone    Step = "gone"    // the guest is on another host
 	Return  Step = "return"  // baton gives the VF back, with the MAC that it had unless that is the guest's
@@ -120,7 +120,7 @@ func (s *Steerer) netlink(step Step, vf VF) error {
 	case GiveMAC:
 		return vf.setMAC(s.c.MAC)
 	case Primary:
-		return errors.Join(vf.setMAC(s.c.MAC), s.entry(vf.PF), s.filter(""))
+		return errors.Join(vf.setMAC(s.c.MAC), s.entry(vf.PF), s.filter(""), s.announce(vf.PF))
 	case Standby:
 		return errors.Join(s.entry(s.c.TAP), vf.setMAC(noMAC), s.filter(""))
 	}

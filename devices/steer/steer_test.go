@@ -33,7 +33,7 @@ func bridge(t *testing.T) {
 			t.Skipf("add %s: %v", l.Attrs().Name, err)
 		}
 	}
-	for _, name := range []string{"br0", "tap0", "pf0", "wire0", "pf1"} {
+	for _, name := range []string{"br0", "tap0", "pf0", "wire0", "pf1", "wire1"} {
 		l, err := netlink.LinkByName(name)
 		if err == nil {
 			err = netlink.LinkSetUp(l)
@@ -164,6 +164,16 @@ func TestScript(t *testing.T) {
 func TestOff(t *testing.T) {
 	if err := New(Config{Off: true}).Do(t.Context(), Both, VF{PF: "nosuch"}); err != nil {
 		t.Error(err)
+	}
+}
+
+// The wire of a PF that is not the bridge's learns where the MAC is now.
+func TestAnnounce(t *testing.T) {
+	bridge(t)
+	wire := taptest.NewSocket(t, "wire1", 0x8035, false)
+	_ = New(Config{MAC: mac, TAP: "tap0"}).Do(t.Context(), Primary, VF{PF: "pf1"}) // it has no VF whose MAC could be set
+	if got := wire.Recv(); !bytes.Equal(got, tap.RARP([6]byte(mac))) {
+		t.Errorf("received % x", got)
 	}
 }
 

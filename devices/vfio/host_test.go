@@ -234,6 +234,12 @@ func TestVFs(t *testing.T) {
 			t.Errorf("VFs of %q: %v", bad, got)
 		}
 	}
+	if got, err := h.pool("eth9+eth0"); err != nil || len(got) != 2 || got[1].BDF != other {
+		t.Errorf("a pool of which one PF is there: %v, %v", got, err)
+	}
+	if got, err := h.pool("eth8+eth9"); err == nil || !strings.Contains(err.Error(), "eth8: ") || !strings.Contains(err.Error(), "eth9: ") {
+		t.Errorf("a pool of nothing: %v, %v", got, err)
+	}
 	if _, _, err := h.parent(pf); err == nil {
 		t.Error("the PF is a VF")
 	}

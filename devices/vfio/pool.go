@@ -1,6 +1,7 @@
 package vfio
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -17,8 +18,21 @@ type VF struct {
 	Up     bool   // somebody on the host uses that
 }
 
-// VFs lists the VFs of a PF, which is named by its interface or its address.
-func VFs(pf string) ([]VF, error) { return realHost.vfs(pf) }
+// VFs lists the VFs of a PF, which is named by its interface or its address, or of several, with
+// a plus sign between them. One that has none matters only if all have none.
+func VFs(pfs string) ([]VF, error) { return realHost.pool(pfs) }
+
+func (h host) pool(pfs string) (list []VF, err error) {
+	var errs []error
+	for pf := range strings.SplitSeq(pfs, "+") {
+		vfs, err := h.vfs(pf)
+		list, errs = append(list, vfs...), append(errs, err)
+	}
+	if list == nil {
+		return nil, errors.Join(errs...)
+	}
+	return list, nil
+}
 
 func (h host) vfs(pf string) ([]VF, error) {
 	dir := h.device(pf)

@@ -49,6 +49,20 @@ func NewVethPeer(t testing.TB, cidr string) *Peer {
 	return newPeer(t, "peer0", "peer-up", cidr)
 }
 
+// NewNICPeer makes a peer on the second SR-IOV NIC, and returns the e1000e for a guest.
+func NewNICPeer(t testing.TB, cidr string) (peer *Peer, nic PF) {
+	t.Helper()
+	pfs := PFs(t)
+	if !Nested() || len(pfs) < 2 {
+		t.Skip("needs the nested host's NICs")
+	}
+	nic.Name = driverLink(t, "e1000e")
+	dev, err := filepath.EvalSymlinks("/sys/class/net/" + nic.Name + "/device")
+	must(t, "e1000e", err)
+	nic.PCI = filepath.Base(dev)
+	return newPeer(t, pfs[1].Name, pfs[0].Name, cidr), nic
+}
+
 func newPeer(t testing.TB, name, uplink, cidr string) *Peer {
 	t.Helper()
 	home, err := netns.Get()

@@ -47,6 +47,7 @@ type World struct {
 	Hosts [2]Host
 	dir   string // for sockets: short
 	n     int    // machines so far
+	mac   string // of the guest
 
 	echoes bool // the guest does, by TCP
 }
@@ -61,18 +62,12 @@ type Host struct {
 // NewWorld makes it in the nested host, until the test ends.
 func NewWorld(t testing.TB) *World {
 	t.Helper()
-	w := &World{T: t, Peer: harness.NewPeer(t, PeerIP+"/24")}
+	w := newWorld(t, GuestMAC)
+	w.Peer = harness.NewPeer(t, PeerIP+"/24")
 	pfs := harness.PFs(t)
 	if len(pfs) < 2 {
 		t.Fatalf("%d SR-IOV NICs, want two", len(pfs))
 	}
-	dir, err := os.MkdirTemp("", "way")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	w.dir = dir
-	harness.Up(t, "lo")
 	for i := range w.Hosts {
 		h := &w.Hosts[i]
 		h.PF, h.TAP, h.Bridge = pfs[i], fmt.Sprintf("tap-%d", i), fmt.Sprintf("br-%d", i)
@@ -81,6 +76,37 @@ func NewWorld(t testing.TB) *World {
 		harness.Bridge(t, h.Bridge, h.PF.Name, h.TAP)
 	}
 	return w
+}
+
+// NewNICWorld makes one in which the primary is a whole NIC, on the wire like all, which a
+// machine on either host can have.
+func NewNICWorld(t testing.TB) (w *World, primary string) {
+	t.Helper()
+	peer, nic := harness.NewNICPeer(t, PeerIP+"/24")
+	link, err := netlink.LinkByName(nic.Name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w = newWorld(t, link.Attrs().HardwareAddr.String())
+	w.Peer = peer
+	harness.Up(t, peer.Uplink)
+	for i := range w.Hosts {
+		w.Hosts[i].TAP, w.Hosts[i].Bridge = fmt.Sprintf("tap-%d", i), "br-0"
+		harness.Tap(t, w.Hosts[i].TAP, 1)
+	}
+	harness.Bridge(t, "br-0", peer.Uplink, w.Hosts[0].TAP, w.Hosts[1].TAP)
+	return w, "vfio-pci,bind=auto,rombar=0,host=" + nic.PCI
+}
+
+func newWorld(t testing.TB, mac string) *World {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "way")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	harness.Up(t, "lo")
+	return &World{T: t, dir: dir, mac: mac}
 }
 
 // Way is how a guest travels.
@@ -97,6 +123,7 @@ type Way struct {
 	// Primary on each host, what -device takes; "" is the VF. None is "none".
 	Primary [2]string
 	Args    []string // further ones
+	Driver  string   // of the primary, that a guest has to load; "": it does so by itself
 }
 
 // QEMU says whether it is.
@@ -114,10 +141,20 @@ type Machine struct {
 // Start starts one. Ctx is for all that is said to it later.
 func (w *World) Start(ctx context.Context, way Way, host int, incoming bool) *Machine {
 	w.T.Helper()
+	uri := ""
+	if incoming {
+		uri = fmt.Sprintf("unix:%s.mig", filepath.Join(w.dir, fmt.Sprint(w.n+1)))
+	}
+	return w.start(ctx, way, host, uri)
+}
+
+// start starts one to which a guest comes from uri, unless that is "".
+func (w *World) start(ctx context.Context, way Way, host int, uri string) *Machine {
+	w.T.Helper()
 	w.n++
 	h := w.Hosts[host]
 	base := filepath.Join(w.dir, fmt.Sprint(w.n))
-	m := &Machine{Host: host, URI: "unix:" + base + ".mig"}
+	m := &Machine{Host: host, URI: uri}
 	kernel := way.Kernel
 	if kernel == nil {
 		kernel = harness.Linux
@@ -126,7 +163,7 @@ func (w *World) Start(ctx context.Context, way Way, host int, incoming bool) *Ma
 		"-qmp", "unix:"+base+".qmp,server=on,wait=off", "-qmp", "unix:"+base+".log,server=on,wait=off",
 		"-device", "pcie-root-port,id=root1,chassis=1", "-device", "pcie-root-port,id=root2,chassis=2",
 		"-netdev", "tap,id=hostnet1,ifname="+h.TAP+",script=no,downscript=no,vhost=on",
-		"-device", "virtio-net-pci,netdev=hostnet1,id=net1,mac="+GuestMAC+",bus=root2,failover=on")
+		"-device", "virtio-net-pci,netdev=hostnet1,id=net1,mac="+w.mac+",bus=root2,failover=on")
 	if way.Memory != 0 {
 		args[slices.Index(args, "-m")+1] = fmt.Sprint(way.Memory)
 	}
@@ -154,7 +191,7 @@ func (w *World) Start(ctx context.Context, way Way, host int, incoming bool) *Ma
 	if way.qemu() {
 		args = append(args, "-machine", "q35", "-enable-kvm", "-cpu", "host", "-display", "none")
 	}
-	if incoming {
+	if uri != "" {
 		args = append(args, "-incoming", "defer")
 	}
 	m.Guest = harness.Start(w.T, harness.GuestConfig{VMM: way.VMM, Args: append(args, way.Args...), Name: fmt.Sprintf("%s-%d", strings.ReplaceAll(way.Name, " ", "-"), w.n)})
@@ -168,8 +205,18 @@ func (w *World) Start(ctx context.Context, way Way, host int, incoming bool) *Ma
 		})
 	}
 	m.QMP.Do("migrate-set-capabilities", map[string]any{"capabilities": []any{map[string]any{"capability": "events", "state": true}}})
-	if incoming {
-		m.QMP.Do("migrate-incoming", map[string]any{"uri": m.URI})
+	if uri != "" {
+		m.QMP.Do("migrate-incoming", map[string]any{"uri": uri})
+	}
+	return m
+}
+
+// Restore starts one in which a guest goes on that was saved at uri.
+func (w *World) Restore(ctx context.Context, way Way, host int, uri string) *Machine {
+	w.T.Helper()
+	m := w.start(ctx, way, host, uri)
+	if err := m.Log.Wait(ctx, "RESUME", ""); err != nil {
+		w.T.Fatal(err)
 	}
 	return m
 }
@@ -180,6 +227,9 @@ func (w *World) Boot(ctx context.Context, way Way) *Machine {
 	w.T.Helper()
 	m := w.Start(ctx, way, 0, false)
 	m.Output(ctx, "@addr", "eth0", GuestIP+"/24")
+	if way.Driver != "" {
+		m.Output(ctx, "@modprobe", way.Driver)
+	}
 	if way.Primary[0] != "none" {
 		m.WaitPrimary(ctx)
 	}

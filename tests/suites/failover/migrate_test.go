@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"os"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -74,6 +75,29 @@ func TestOneSided(t *testing.T) {
 	}
 }
 
+// TestNIC has a whole NIC as the primary, which no PF steers: away and back on its host, then to
+// a host without one, and back.
+func TestNIC(t *testing.T) {
+	ctx := harness.Context(t, 4*time.Minute)
+	w, primary := journey.NewNICWorld(t)
+	way := journey.Way{Name: "e1000e", Primary: [2]string{primary, "none"}, Driver: "e1000e"}
+	there := w.Boot(ctx, way)
+	switched(there.QMP)
+	for _, to := range []string{"standby", "primary"} {
+		there.QMP.Do("failover-switch", map[string]any{"id": "net1", "to": to})
+		t.Logf("to the %s: %+v", to, switched(there.QMP))
+		waitState(there.QMP, to)
+		w.Peer.Ping(ctx, journey.GuestIP)
+	}
+	for range 2 {
+		to := w.Start(ctx, way, 1-there.Host, true)
+		moved(t, w.Travel(ctx, way, there, to))
+		there.QMP.Do("quit", nil)
+		there.Wait(ctx)
+		there = to
+	}
+}
+
 // TestToAndFro does it again and again; the long form 50 times.
 func TestToAndFro(t *testing.T) {
 	n, rate := 4, 0
@@ -111,78 +135,135 @@ func TestRollback(t *testing.T) {
 	ctx := harness.Context(t, 4*time.Minute)
 	w := journey.NewWorld(t)
 	from := w.Boot(ctx, way)
-	migrate := func(uri string) string {
-		seen := len(from.Log.Events())
+	seen := 0 // events before the last migration
+	migrate := func(uri string) {
+		seen = len(from.Log.Events())
 		from.QMP.Do("migrate", map[string]any{"uri": uri})
-		return from.Log.WaitStatusAfter(ctx, seen, "completed", "failed", "cancelled")
+	}
+	ends := func(t *testing.T, want string) {
+		t.Helper()
+		if s := from.Log.WaitStatusAfter(ctx, seen, "completed", "failed", "cancelled"); s != want {
+			t.Errorf("the migration %s: %s", s, from.QMP.Do("query-migrate", nil))
+		}
+		answers(ctx, t, w, from)
+	}
+	kept := func(t *testing.T) {
+		t.Helper()
+		ends(t, "failed")
+		if from.Log.Count("UNPLUG_PRIMARY") != 0 {
+			t.Error("the primary was taken away for nothing")
+		}
 	}
 
 	t.Run("nobody there", func(t *testing.T) {
-		if s := migrate("unix:/nosuch"); s != "failed" {
-			t.Error(s)
-		}
-		if from.Log.Count("UNPLUG_PRIMARY") != 0 {
-			t.Error("the primary was taken away for nothing")
-		}
-		answers(ctx, t, w, from)
+		migrate("unix:/nosuch")
+		kept(t)
 	})
-	t.Run("the target requires a VF that is taken", func(t *testing.T) {
-		w.Hosts[1].VF.BindVFIO(t)
-		busy, err := os.Open("/dev/vfio/" + groupOf(t, w.Hosts[1].VF))
+	vf := w.Hosts[1].VF
+	host := "vfio-pci,host=" + vf.PCI
+	taken := func(t *testing.T) func() {
+		vf.BindVFIO(t)
+		busy, err := os.Open("/dev/vfio/" + groupOf(t, vf))
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer busy.Close()
-		other := way
-		other.Primary = [2]string{"", "vfio-pci,failover-primary=require,host=" + w.Hosts[1].VF.PCI}
-		to := w.Start(ctx, other, 1, true)
-		if s := migrate(to.URI); s != "failed" {
-			t.Error(s)
-		}
-		if q := string(from.QMP.Do("query-migrate", nil)); !strings.Contains(q, "busy") {
-			t.Errorf("the source does not say why: %s", q)
-		}
-		if from.Log.Count("UNPLUG_PRIMARY") != 0 {
-			t.Error("the primary was taken away for nothing")
-		}
-		answers(ctx, t, w, from)
-		to.Kill()
-	})
-	t.Run("cancelled while the guest lets go", func(t *testing.T) {
-		to := w.Start(ctx, way, 1, true)
-		seen := len(from.Log.Events())
-		from.QMP.Do("migrate", map[string]any{"uri": to.URI})
-		if err := from.Log.Wait(ctx, "UNPLUG_PRIMARY", ""); err != nil {
-			t.Fatal(err)
-		}
+		return func() { busy.Close() }
+	}
+	for _, c := range []struct {
+		name, primary, why string
+		arrange            func(t *testing.T) (undo func())
+	}{
+		{"the target's VF is taken", host, "busy", taken},
+		{"the target cannot bind its VF", host, "bind=auto takes it", func(*testing.T) func() { return func() {} }},
+		{"the target cannot reset its VF", host + ",bind=auto", "reset", func(t *testing.T) func() {
+			method := "/sys/bus/pci/devices/" + vf.PCI + "/reset_method"
+			was, err := os.ReadFile(method)
+			if err == nil {
+				err = os.WriteFile(method, []byte("\n"), 0)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			return func() { _ = os.WriteFile(method, was, 0) }
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			defer c.arrange(t)()
+			other := way
+			other.Primary = [2]string{"", c.primary + ",failover-primary=require"}
+			to := w.Start(ctx, other, 1, true)
+			defer to.Kill()
+			migrate(to.URI)
+			kept(t)
+			if q := string(from.QMP.Do("query-migrate", nil)); !strings.Contains(q, c.why) {
+				t.Errorf("the source does not say why: %s", q)
+			}
+		})
+	}
+	cancel := func(t *testing.T) {
+		t.Helper()
 		began := time.Now()
 		from.QMP.Do("migrate_cancel", nil)
-		if s := from.Log.WaitStatusAfter(ctx, seen, "completed", "failed", "cancelled"); s != "cancelled" {
-			t.Errorf("%s", s)
+		ends(t, "cancelled")
+		t.Logf("the guest has its primary %v after the cancel", time.Since(began))
+	}
+	t.Run("cancelled while the guest lets go", func(t *testing.T) {
+		to := w.Start(ctx, way, 1, true)
+		defer to.Kill()
+		migrate(to.URI)
+		if err := from.Log.Wait(ctx, "FAILOVER_STATE", "unplugging"); err != nil {
+			t.Fatal(err)
 		}
-		t.Logf("cancelled after %v", time.Since(began))
-		answers(ctx, t, w, from)
-		to.Kill()
+		cancel(t)
+	})
+	t.Run("cancelled while RAM is sent", func(t *testing.T) {
+		to := w.Start(ctx, way, 1, true)
+		defer to.Kill()
+		from.QMP.Do("migrate-set-parameters", map[string]any{"max-bandwidth": 4 << 20})
+		migrate(to.URI)
+		from.Log.WaitStatusAfter(ctx, seen, "active")
+		cancel(t)
 	})
 	t.Run("the target dies", func(t *testing.T) {
 		to := w.Start(ctx, way, 1, true)
-		from.QMP.Do("migrate-set-parameters", map[string]any{"max-bandwidth": 4 << 20})
-		seen := len(from.Log.Events())
-		from.QMP.Do("migrate", map[string]any{"uri": to.URI})
-		if s := from.Log.WaitStatusAfter(ctx, seen, "active"); s != "active" {
-			t.Fatal(s)
-		}
+		migrate(to.URI)
+		from.Log.WaitStatusAfter(ctx, seen, "active")
 		to.Kill()
-		if s := from.Log.WaitStatusAfter(ctx, seen, "completed", "failed"); s != "failed" {
-			t.Error(s)
-		}
+		ends(t, "failed")
 		from.QMP.Do("migrate-set-parameters", map[string]any{"max-bandwidth": 1 << 30})
-		answers(ctx, t, w, from)
 	})
-	t.Run("second try", func(t *testing.T) {
+	t.Run("cancelled before the switch", func(t *testing.T) {
+		hold := func(on bool) {
+			from.QMP.Do("migrate-set-capabilities", map[string]any{"capabilities": []any{map[string]any{"capability": "pause-before-switchover", "state": on}}})
+		}
+		hold(true)
+		defer hold(false)
 		to := w.Start(ctx, way, 1, true)
-		moved(t, w.Travel(ctx, way, from, to))
-		answers(ctx, t, w, to)
+		defer to.Kill()
+		migrate(to.URI)
+		from.Log.WaitStatusAfter(ctx, seen, "pre-switchover")
+		cancel(t)
+	})
+	t.Run("second try, to a VF that is taken", func(t *testing.T) {
+		release := sync.OnceFunc(taken(t))
+		defer release()
+		other := way
+		other.Primary = [2]string{"", host}
+		to := w.Start(ctx, other, 1, true)
+		defer to.Kill()
+		migrate(to.URI)
+		if s := from.Log.WaitStatusAfter(ctx, seen, "completed", "failed", "cancelled"); s != "completed" {
+			t.Fatalf("the migration %s: %s", s, from.QMP.Do("query-migrate", nil))
+		}
+		w.Peer.Ping(ctx, journey.GuestIP)
+		if err := to.Log.Wait(ctx, "FAILOVER_STATE", "failed"); err != nil {
+			t.Fatal(err)
+		}
+		if q := string(to.QMP.Do("query-failover", nil)); !strings.Contains(q, "busy") {
+			t.Errorf("the target does not say why: %s", q)
+		}
+		release()
+		answers(ctx, t, w, to) // it was tried again
 	})
 }
 
