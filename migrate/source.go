@@ -191,8 +191,10 @@ func (s *Source) Run() error {
 	s.finish()
 	s.enter(SourceCompleted)
 	var done any
-	if late := s.m.TakeLate(); len(late) > 0 {
-		done = wire.Done{Late: late}
+	if !s.stream.OneWay {
+		if late := s.m.TakeLate(); len(late) > 0 {
+			done = wire.Done{Late: late}
+		}
 	}
 	s.leave(wire.TypeDone, done, last == SourceCommitting)
 	return nil

@@ -96,6 +96,9 @@ func TestQtestMigrateOn(t *testing.T) {
 	t.Run("out", func(t *testing.T) {
 		s.leaves(uri)
 		s.reaches("wait-unplug", notYet...)
+		if s.seq["UNPLUG_PRIMARY"] > s.seq["MIGRATION"] {
+			t.Error("QEMU says wait-unplug after UNPLUG_PRIMARY")
+		}
 		for begin := time.Now(); time.Since(begin) < 100*time.Millisecond; {
 			if got := s.status(); got != "wait-unplug" {
 				t.Fatalf("%s, but the guest has not let go", got)

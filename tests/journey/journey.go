@@ -420,9 +420,17 @@ func (r *Recorder) Events() []timeline.Event {
 // Wait waits for an event of that name, past or future, whose status or state is value, if that
 // is not "".
 func (r *Recorder) Wait(ctx context.Context, name, value string) error {
-	return r.find(ctx, 0, func(e timeline.Event) bool {
+	_, err := r.WaitAfter(ctx, 0, name, value)
+	return err
+}
+
+// WaitAfter is Wait among the events that follow the first so many, and returns the event.
+func (r *Recorder) WaitAfter(ctx context.Context, seen int, name, value string) (found timeline.Event, err error) {
+	err = r.find(ctx, seen, func(e timeline.Event) bool {
+		found = e
 		return e.Name == name && (value == "" || e.Data["status"] == value || e.Data["state"] == value)
 	})
+	return found, err
 }
 
 // WaitStatusAfter waits for the first of these states of a migration among the events that
