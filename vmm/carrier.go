@@ -21,6 +21,7 @@ import (
 //	unplug   asked       copies to the standby's side, held: the primary still has them all
 //	         begins      what is held so far is forgotten, but for what may be in its ring
 //	         MSI-X off   to the standby; what is held goes to the guest
+//	         (a driver whose device was pulled shows nothing of that: the slot does, when it is empty)
 //	plug     bus master  the VF has the MAC; copies to the standby's side
 //	         MSI-X on    which are held
 //	         vectors     to the primary; what is held is sent there
@@ -39,6 +40,7 @@ type carrier struct {
 	vf      steer.VF  // it, as its PF has it
 	onFast  bool      // the guest takes frames from it
 	priming bool      // its driver is about to
+	pulled  bool      // it was taken away by surprise: what is seen of it is not its driver's doing
 	since   time.Time // when the old way ended, as far as is known; zero: it has not
 	last    []switched
 }
@@ -95,6 +97,7 @@ func (c *carrier) used(u pci.Use) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
+	case c.pulled: // its driver lets go when it has noticed: see left
 	case c.onFast && !u.Enabled:
 		c.toStandby()
 	case c.onFast && !u.Unmasked:
@@ -183,7 +186,7 @@ func (c *carrier) toStandby() {
 	c.warn(c.net.Announce())
 	held, err := c.net.Release()
 	c.warn(err)
-	c.onFast, c.priming = false, false
+	c.onFast, c.priming, c.pulled = false, false, false
 	c.say("unplug", "standby", held.Frames, held.Dropped)
 }
 
@@ -212,6 +215,7 @@ func (c *carrier) leaving(surprise bool) {
 	c.warn(c.net.Hold())
 	c.do(steer.Both)
 	if surprise {
+		c.pulled = true
 		c.begun()
 	}
 }
@@ -240,7 +244,7 @@ func (c *carrier) stays() {
 	c.do(steer.Primary)
 	_, _, err := c.net.TakeHeld()
 	c.warn(err)
-	c.since = time.Time{}
+	c.pulled, c.since = false, time.Time{}
 }
 
 // left says that the guest has let go, for a driver that did not say so.
@@ -305,7 +309,7 @@ func (c *carrier) gone() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.do(steer.Gone)
-	c.onFast, c.priming, c.since = false, false, time.Time{}
+	c.onFast, c.priming, c.pulled, c.since = false, false, false, time.Time{}
 }
 
 // switches are the last changes of the way.
