@@ -40,6 +40,7 @@ func (m *Machine) newHuman(s *qmp.Server) *hmp.Monitor {
 			{Name: "failover", Help: "the failover pairs: where each primary is, and why", Text: m.failoverText},
 			{Name: "mtree", Help: "what is where in memory and I/O space", Text: m.addressText},
 			{Name: "registers", Help: "where each CPU stands", Text: m.registersText},
+			{Name: "irq", Help: "the interrupts that KVM knows the way of: IOAPIC pins that wait for an EOI, and messages", Text: m.irq.text},
 		},
 	})
 }
@@ -135,6 +136,11 @@ func (m *Machine) addressText() string {
 		line(16)(devices.Range{Base: r.GPA, Size: r.Size}, "ram")
 	}
 	m.mmio.Walk(line(16))
+	b.WriteString("memory slots of KVM\n")
+	for i, r := range m.mem.Regions() {
+		line(16)(devices.Range{Base: r.GPA, Size: r.Size}, fmt.Sprintf("slot %d", i))
+	}
+	m.vfio.slots.walk(func(slot uint32, r devices.Range) { line(16)(r, fmt.Sprintf("slot %d", slot)) })
 	b.WriteString("address-space: I/O\n")
 	m.ports.Walk(line(4))
 	return b.String()

@@ -3,6 +3,7 @@ package vmm
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 
 	"baton/devices"
@@ -110,6 +111,21 @@ func (r *irqRouter) flush() error {
 		table = append(table, kvm.Route{GSI: gsi, Addr: m.Addr, Data: m.Data})
 	}
 	return r.vm.SetRoutes(table)
+}
+
+// text is info irq: every GSI that is in use, with its route if it has one.
+func (r *irqRouter) text() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var b strings.Builder
+	for gsi := range uint32(maxGSI) {
+		if m, routed := r.routes[gsi]; routed {
+			fmt.Fprintf(&b, "gsi %d: address %#x, data %#x\n", gsi, m.Addr, m.Data)
+		} else if r.used[gsi] {
+			fmt.Fprintf(&b, "gsi %d: no route\n", gsi)
+		}
+	}
+	return b.String()
 }
 
 // NewVector implements devices.VectorSource.

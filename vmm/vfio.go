@@ -8,6 +8,7 @@ import (
 	"sync"
 
 	"baton/boot/acpi"
+	"baton/devices"
 	"baton/devices/pci"
 	"baton/devices/vfio"
 	"baton/kvm"
@@ -20,32 +21,43 @@ type memorySlots struct {
 	first uint32
 
 	mu   sync.Mutex
-	used []bool // from first on
+	used []devices.Range // from first on; a free one has no size
 }
 
 func (s *memorySlots) Map(gpa uint64, host []byte) (uint32, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	i := 0
-	for i < len(s.used) && s.used[i] {
+	for i < len(s.used) && s.used[i].Size != 0 {
 		i++
 	}
 	if i == len(s.used) {
-		s.used = append(s.used, false)
+		s.used = append(s.used, devices.Range{})
 	}
 	slot := s.first + uint32(i)
 	if err := s.vm.SetMemory(slot, gpa, host, 0); err != nil {
 		return 0, err
 	}
-	s.used[i] = true
+	s.used[i] = devices.Range{Base: gpa, Size: uint64(len(host))}
 	return slot, nil
 }
 
 func (s *memorySlots) Unmap(slot uint32) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.used[slot-s.first] = false
+	s.used[slot-s.first] = devices.Range{}
 	return s.vm.RemoveMemory(slot)
+}
+
+// walk visits those that are in use.
+func (s *memorySlots) walk(f func(slot uint32, r devices.Range)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i, r := range s.used {
+		if r.Size != 0 {
+			f(s.first+uint32(i), r)
+		}
+	}
 }
 
 // passthrough is what the functions of the host that a guest has share. Its methods may be

@@ -127,7 +127,7 @@ func vmmMemory(t *testing.T, pid int) float64 {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	n, err := ownMemory(f, guestMiB<<20)
+	n, err := harness.OwnMemory(f, guestMiB<<20)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -104,6 +104,13 @@ func (q *QMP) Do(command string, args any) json.RawMessage {
 	return result
 }
 
+// Human runs a line of the human monitor.
+func (q *QMP) Human(line string) (text string) {
+	q.t.Helper()
+	must(q.t, line, json.Unmarshal(q.Do("human-monitor-command", map[string]any{"command-line": line}), &text))
+	return text
+}
+
 // WaitEvent returns the next event of one of the names and forgets it and those before.
 func (q *QMP) WaitEvent(names ...string) QMPEvent {
 	q.t.Helper()

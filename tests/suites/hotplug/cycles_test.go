@@ -1,46 +1,14 @@
 package hotplug
 
 import (
-	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
-	"strconv"
-	"strings"
 	"testing"
 	"time"
+
+	"baton/tests/harness"
 )
-
-// held is what a baton holds of the host.
-type held struct {
-	files, mappings, threads int
-	resident                 int // KiB
-}
-
-func holds(t *testing.T, pid int) (h held) {
-	t.Helper()
-	proc := fmt.Sprintf("/proc/%d/", pid)
-	files, err := os.ReadDir(proc + "fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	maps, err := os.ReadFile(proc + "maps")
-	if err != nil {
-		t.Fatal(err)
-	}
-	status, err := os.ReadFile(proc + "status")
-	if err != nil {
-		t.Fatal(err)
-	}
-	field := func(name string) int {
-		m := regexp.MustCompile(name + `:\s+(\d+)`).FindSubmatch(status)
-		n, _ := strconv.Atoi(string(m[1]))
-		return n
-	}
-	// RAM is the guest's business.
-	return held{len(files), strings.Count(string(maps), "\n"), field("Threads"), field("RssAnon")}
-}
 
 // TestCycles plugs and unplugs under traffic, by all ways of a machine in turn, and counts what
 // baton holds: 20 times in all, or 200 times with BATON_LONG.
@@ -65,7 +33,7 @@ func TestCycles(t *testing.T) {
 				use = append(use, w)
 			}
 		}
-		var first held
+		var first harness.Held
 		var took time.Duration
 		for i := range n {
 			w := use[i%len(use)]
@@ -77,13 +45,13 @@ func TestCycles(t *testing.T) {
 			took += v.unplug("nic0", w.mode)
 			v.gone(w, "[ -e /sys/class/net/"+name+" ]")
 			if i == 3 { // by then, all that stays is there
-				first = holds(t, v.g.PID())
+				first = v.g.Holds(v.q, 256)
 			}
 		}
-		last := holds(t, v.g.PID())
+		last := v.g.Holds(v.q, 256)
 		t.Logf("%d cycles, unplug %v in the mean; held after 4: %+v, after all: %+v", n, (took / time.Duration(2*n)).Round(time.Millisecond), first, last)
-		if last.files > first.files || last.mappings > first.mappings+8 || last.threads > first.threads+4 || last.resident > first.resident+16<<10 {
-			t.Errorf("something leaks: %+v, then %+v", first, last)
+		if leak := last.Leaked(first); leak != "" {
+			t.Error(leak)
 		}
 		if links, _ := filepath.Glob("/sys/class/net/" + tap); len(links) != 1 {
 			t.Error("the TAP has gone with its device")

@@ -14,8 +14,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"baton/tests/harness"
 )
 
@@ -48,7 +46,7 @@ func start(t *testing.T, options []string, words ...string) *vm {
 
 func startLinux(t *testing.T, args []string) *vm {
 	t.Helper()
-	quietKernel(t)
+	harness.QuietKernel(t)
 	dir, err := os.MkdirTemp("", "hotplug") // short enough for a socket's name
 	if err != nil {
 		t.Fatal(err)
@@ -155,26 +153,6 @@ func (v *vm) healthy() {
 	if code := v.g.Wait(harness.Context(v, limit)); code != 0 {
 		v.Errorf("exit code %d", code)
 	}
-}
-
-// quietKernel fails the test if the host's kernel complains while it runs.
-func quietKernel(t *testing.T) {
-	t.Helper()
-	mark := fmt.Sprintf("%s starts at %d", t.Name(), time.Now().UnixNano())
-	if err := os.WriteFile("/dev/kmsg", []byte(mark), 0); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		buf := make([]byte, 4<<20)
-		n, err := unix.Klogctl(unix.SYSLOG_ACTION_READ_ALL, buf)
-		_, text, found := strings.Cut(string(buf[:max(n, 0)]), mark)
-		if err != nil || !found {
-			t.Fatalf("read the kernel log: %v", err)
-		}
-		for _, line := range regexp.MustCompile(`.*(?:WARNING:|BUG:|Oops|Call Trace|DMAR:.*[Ff]ault|irq \d+: nobody cared).*`).FindAllString(text, -1) {
-			t.Errorf("the host's kernel: %s", line)
-		}
-	})
 }
 
 // A way to unplug: from a slot of a machine.

@@ -39,7 +39,7 @@ const (
 
 // TestVF takes a VF from the host's driver to a guest, through a reboot, and back.
 func TestVF(t *testing.T) {
-	quietKernel(t)
+	harness.QuietKernel(t)
 	peer := harness.NewPeer(t, world+"/24")
 	vf := harness.PFs(t)[0].CreateVFs(t, 1)[0]
 	vf.SetMAC(t, mac)
@@ -72,7 +72,7 @@ func TestVF(t *testing.T) {
 
 // TestVF61 has the older kernel in the guest, and the VF on the root bus.
 func TestVF61(t *testing.T) {
-	quietKernel(t)
+	harness.QuietKernel(t)
 	args := harness.Linux61(t)
 	peer := harness.NewPeer(t, world+"/24")
 	vf := harness.PFs(t)[0].CreateVFs(t, 1)[0]
@@ -89,7 +89,7 @@ func TestVF61(t *testing.T) {
 
 // TestNIC passes a whole NIC through, which has no FLR and no 64-bit BARs.
 func TestNIC(t *testing.T) {
-	quietKernel(t)
+	harness.QuietKernel(t)
 	n := startNIC(t, harness.Linux(t), "rombar=0", "true")
 	n.interrupt = "MSI"
 	t.Run("traffic", n.traffic)
@@ -120,7 +120,7 @@ func TestNIC(t *testing.T) {
 
 // TestINTx has a guest that uses no MSI of either kind for the NIC. It also shows the option ROM.
 func TestINTx(t *testing.T) {
-	quietKernel(t)
+	harness.QuietKernel(t)
 	n := startNIC(t, harness.Linux61(t), "rombar=1", "for d in /sys/bus/pci/devices/*; do grep -q 0x10d3 $d/device && echo 0 >$d/msi_bus; done; true")
 	n.interrupt = "IO-APIC"
 	t.Run("traffic", n.traffic)
@@ -197,7 +197,7 @@ func linkOf(t *testing.T, pci string) string {
 
 // TestRefused has everything that can be wrong with the host, which must stay as it was.
 func TestRefused(t *testing.T) {
-	quietKernel(t)
+	harness.QuietKernel(t)
 	vf := harness.PFs(t)[0].CreateVFs(t, 1)[0]
 	was := vf.Driver()
 	refused(t, `there is no such PCI function\n *`, baton(t, "host=7f:1f.7"))
@@ -215,7 +215,7 @@ func TestSharedGroup(t *testing.T) {
 	if !harness.Nested() {
 		t.Skip("needs the nested host's chipset")
 	}
-	quietKernel(t)
+	harness.QuietKernel(t)
 	const sata, smbus = "0000:00:1f.2", "0000:00:1f.3"
 	if out, err := exec.Command("modprobe", "ahci").CombinedOutput(); err != nil {
 		t.Fatalf("modprobe: %v\n%s", err, out)
@@ -233,7 +233,7 @@ func TestSharedGroup(t *testing.T) {
 
 // TestKilled: what a baton could not give back, the next one does.
 func TestKilled(t *testing.T) {
-	quietKernel(t)
+	harness.QuietKernel(t)
 	vf := harness.PFs(t)[0].CreateVFs(t, 1)[0]
 	was := vf.Driver()
 	g := harness.Start(t, harness.GuestConfig{NoAgent: true, Args: append(harness.Linux(t),
@@ -446,27 +446,4 @@ func reboot(t *testing.T, g *harness.Guest) {
 	g.Output(harness.Context(t, limit), "@reboot")
 	g.WaitEvent(harness.Context(t, limit), "RESET")
 	g.Output(harness.Context(t, bootLimit), "true")
-}
-
-// quietKernel fails the test if the host's kernel complains while it runs.
-func quietKernel(t *testing.T) {
-	t.Helper()
-	mark := fmt.Sprintf("%s starts at %d", t.Name(), time.Now().UnixNano())
-	if err := os.WriteFile("/dev/kmsg", []byte(mark), 0); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		buf := make([]byte, 4<<20)
-		n, err := unix.Klogctl(unix.SYSLOG_ACTION_READ_ALL, buf)
-		_, text, found := strings.Cut(string(buf[:max(n, 0)]), mark)
-		if err != nil || !found {
-			t.Fatalf("read the kernel log: %v", err)
-		}
-		for _, line := range regexp.MustCompile(`.*(?:WARNING:|BUG:|Oops|Call Trace|DMAR:.*[Ff]ault|vfio.*(?i:fail|error|invalid|timed out)|irq \d+: nobody cared).*`).FindAllString(text, -1) {
-			t.Errorf("the host's kernel: %s", line)
-		}
-		if t.Failed() {
-			t.Logf("the host's kernel log:\n%s", text)
-		}
-	})
 }
