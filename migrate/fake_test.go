@@ -23,6 +23,7 @@ type world struct {
 	mu   sync.Mutex
 	runs *machine // who runs the guest
 	lock *machine // who has the disk
+	next *machine // for whom it is reserved
 }
 
 // machine is a guest that counts: step i writes i into page i%pages, so that the counter, which
@@ -175,6 +176,9 @@ func (m *machine) kill() {
 	if m.w.lock == m {
 		m.w.lock = nil
 	}
+	if m.w.next == m {
+		m.w.next = nil
+	}
 	m.w.mu.Unlock()
 }
 
@@ -210,6 +214,26 @@ func (m *machine) TakeLocks() error {
 	return nil
 }
 
+func (m *machine) OfferLocks() error {
+	unlock, err := m.alive("OfferLocks")
+	defer unlock()
+	return err
+}
+
+func (m *machine) ReserveLocks() error {
+	unlock, err := m.alive("ReserveLocks")
+	defer unlock()
+	m.w.mu.Lock()
+	defer m.w.mu.Unlock()
+	if err == nil && m.w.next != nil && m.w.next != m {
+		err = fmt.Errorf("disk is reserved by %s", m.w.next.name)
+	}
+	if err == nil {
+		m.w.next = m
+	}
+	return err
+}
+
 func (m *machine) ReleaseLocks() error {
 	unlock, err := m.alive("ReleaseLocks")
 	defer unlock()
@@ -217,6 +241,9 @@ func (m *machine) ReleaseLocks() error {
 	defer m.w.mu.Unlock()
 	if err == nil && m.w.lock == m {
 		m.w.lock = nil
+	}
+	if err == nil && m.w.next == m {
+		m.w.next = nil
 	}
 	return err
 }

@@ -285,6 +285,22 @@ func TestMachineFails(t *testing.T) {
 			tr.again(tr.from)
 		})
 	}
+	t.Run("the disk is reserved", func(t *testing.T) {
+		tr := pair(t)
+		other := newMachine(t, tr.from.w, "another target")
+		if err := other.ReserveLocks(); err != nil {
+			t.Fatal(err)
+		}
+		tr.at[SourceStopping] = func() { t.Error("the guest is stopped") }
+		tr.start()
+		err := wait(tr, tr.sourceEnd, "source")
+		if err == nil || err.Error() != "the target: reserve the disks: disk is reserved by another target" {
+			t.Errorf("source: %v", err)
+		}
+		tr.check(tr.from)
+		other.kill()
+		tr.again(tr.from)
+	})
 	t.Run("the disk is somebody else's now", func(t *testing.T) {
 		tr := pair(t)
 		tr.to.failAt = "TakeLocks"

@@ -211,11 +211,12 @@ func (s *Source) giveUp(why error) error {
 	last := s.now()
 	s.enterAs(SourceUndoing, status, nil)
 	s.cancel(why)
+	locks := error(nil)
+	if s.offered || s.released {
+		locks = s.m.TakeLocks()
+	}
 	if s.paused {
-		err := error(nil)
-		if s.released {
-			err = s.m.TakeLocks()
-		}
+		err := locks
 		if err == nil {
 			err = s.m.Resume(s.running)
 		}
@@ -223,6 +224,8 @@ func (s *Source) giveUp(why error) error {
 			final = SourceFailed
 			why = fmt.Errorf("%w\nthe guest stays paused: %w", why, err)
 		}
+	} else if locks != nil {
+		s.log("take the disks' locks back: %v", locks)
 	}
 	var no *refusal
 	switch {

@@ -24,17 +24,19 @@ type Machine interface {
 	// device, has none.
 	Sections() []Section
 	// TakeLocks locks the disks for this process. On the target it comes after the commit and
-	// before Start; on the source it undoes ReleaseLocks.
+	// before Start; on the source it undoes OfferLocks and ReleaseLocks.
 	TakeLocks() error
 	// ReleaseLocks gives the disks' locks up. On the source the guest is paused, the target has
-	// loaded all of it, and only the commit is left; on the target it undoes TakeLocks when
-	// Start has failed.
+	// loaded all of it, and only the commit is left; on the target it undoes ReserveLocks and TakeLocks.
 	ReleaseLocks() error
 }
 
 // SourceMachine is the machine that the guest leaves.
 type SourceMachine interface {
 	Machine
+	// OfferLocks lets the target, if it can answer, and one machine only, reserve the disks, which
+	// stay the source's. It is called before the hello.
+	OfferLocks() error
 	// DirtySources are all that writes guest memory, or lets others write it. Taken once, after
 	// the Preparers.
 	DirtySources() []DirtySource
@@ -63,6 +65,9 @@ type TargetMachine interface {
 	// Check compares the source's facts with its own and names each difference that matters, such
 	// as `cpu: leaf 7 ebx: avx512f is missing here`. Differences does it for facts that have to be equal.
 	Check(source []Fact) (differences []string)
+	// ReserveLocks makes sure that TakeLocks will succeed once the source has released the locks,
+	// which it has offered before. Its error refuses the migration.
+	ReserveLocks() error
 	// Start lets the guest go: it unquiesces the devices and, if the guest ran on the source,
 	// starts the vCPUs. It is called once, when the locks are taken. An error says that nothing
 	// of the guest has run.

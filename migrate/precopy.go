@@ -68,6 +68,12 @@ func (s *Source) precopy() error {
 		s.sending.Set(r.GPA, r.Size)
 	}
 	begin := time.Now()
+	touched := guestmem.NewBitmap(mem) // now that writes are watched
+	if err := mem.Touched(touched); err != nil {
+		s.log("all RAM has to be read: %v", err)
+		touched = nil
+	}
+	senders.touched(touched)
 	s.note(func(st *Stats) { st.RAM.DirtySync = 1 })
 	sample := Sample{AutoConverge: s.o.Capabilities.Has(CapAutoConverge)}
 	synced := begin
@@ -81,7 +87,9 @@ func (s *Source) precopy() error {
 		if err != nil {
 			return err
 		}
+		senders.touched(nil)
 		s.dirty.Clear()
+		look := time.Now()
 		if err := s.sync(s.dirty); err != nil {
 			return err
 		}
@@ -110,9 +118,9 @@ func (s *Source) precopy() error {
 			st.ExpectedDowntime, st.Bandwidth, st.Throttle = d.ExpectedDowntime, sample.Bandwidth, d.Throttle
 			st.RAM.DirtyRate = uint64(sample.DirtyRate / guestmem.PageSize)
 		})
-		s.log("round %d: %s in %s (%s/s), then %s dirty (%s/s), stop would take %s: %s", n, size(float64(bytes)),
-			now.Sub(start).Round(time.Millisecond), size(sample.Bandwidth), size(float64(sample.Remaining)),
-			size(sample.DirtyRate), d.ExpectedDowntime.Round(time.Millisecond/10), orElse(d.Reason, "next round"))
+		s.log("round %d: %s in %s (%s/s), then %s dirty (%s/s, found in %s), stop would take %s: %s", n, size(float64(bytes)),
+			look.Sub(start).Round(time.Millisecond), size(sample.Bandwidth), size(float64(sample.Remaining)),
+			size(sample.DirtyRate), now.Sub(look).Round(time.Microsecond), d.ExpectedDowntime.Round(time.Millisecond/10), orElse(d.Reason, "next round"))
 		if err := context.Cause(s.ctx); err != nil {
 			return err
 		}

@@ -48,6 +48,13 @@ func newSenders(m *guestmem.Memory, p Params, conns []*wire.Conn) (*senders, err
 	return s, nil
 }
 
+// touched are pages that may be other than zeros; nil is all. No round is under way.
+func (s *senders) touched(set *guestmem.Bitmap) {
+	for _, b := range s.batch {
+		b.Touched(set)
+	}
+}
+
 // at is where a block is in guest memory.
 func (s *senders) at(i uint64) (gpa, size uint64) {
 	for _, r := range s.mem.Regions() {

@@ -34,9 +34,10 @@ type Source struct {
 	watched []DirtySource    // started
 	undos   []func()
 
-	paused, running, released bool
-	committed                 bool // guarded by mu: past the last moment to cancel
-	stopped                   time.Time
+	paused, running   bool
+	offered, released bool // the disks' locks
+	committed         bool // guarded by mu: past the last moment to cancel
+	stopped           time.Time
 
 	goOn    chan struct{}     // Continue
 	decide  chan bool         // Decide
@@ -271,6 +272,10 @@ func (s *Source) connect() (err error) {
 	}
 	if !s.stream.OneWay {
 		go s.listen()
+		s.offered = true
+		if err := s.m.OfferLocks(); err != nil {
+			return fmt.Errorf("offer the disks: %w", err)
+		}
 	} else {
 		s.main.SetStall(0, 0) // whoever reads it may take its time
 		close(s.deaf)

@@ -427,6 +427,14 @@ func (t *Target) reserve(in *incoming) (undos []func(), err error) {
 	in.rounds.init(in.hello.Channels + 1)
 	if !in.stream.OneWay {
 		go t.readMain(in)
+		undos = append(undos, func() {
+			if err := t.m.ReleaseLocks(); err != nil {
+				t.log("give the disks up: %v", err)
+			}
+		})
+		if err := t.m.ReserveLocks(); err != nil {
+			return undos, fmt.Errorf("reserve the disks: %w", err)
+		}
 	}
 	for _, h := range t.o.Hooks {
 		undo, err := h.Reserve(in.ctx)
@@ -507,14 +515,17 @@ func (t *Target) wait(in *incoming) error {
 var errNoStart = errors.New("the guest was not started on the target")
 
 func (t *Target) start(in *incoming) error {
-	if err := t.m.TakeLocks(); err != nil {
-		return fmt.Errorf("lock the disks: %w", err)
-	}
 	stopped := time.Since(in.stopped)
 	if in.stream.OneWay { // it may have lain somewhere
 		stopped = 0
 	}
-	if err := t.m.Start(in.end.Running, stopped); err != nil {
+	err := t.m.TakeLocks()
+	if err != nil {
+		err = fmt.Errorf("lock the disks: %w", err)
+	} else {
+		err = t.m.Start(in.end.Running, stopped)
+	}
+	if err != nil { // the source needs them before it hears of it
 		return errors.Join(err, t.m.ReleaseLocks())
 	}
 	return nil

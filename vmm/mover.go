@@ -100,6 +100,12 @@ func (v mover) Flush() error { return v.eachDisk((*blk.Disk).Flush) }
 // ReleaseLocks implements migrate.SourceMachine.
 func (v mover) ReleaseLocks() error { return v.eachDisk((*blk.Disk).Unlock) }
 
+// OfferLocks implements migrate.SourceMachine.
+func (v mover) OfferLocks() error { return v.eachDisk((*blk.Disk).Offer) }
+
+// ReserveLocks implements migrate.TargetMachine.
+func (v mover) ReserveLocks() error { return v.eachDisk((*blk.Disk).Reserve) }
+
 // TakeLocks implements migrate.Machine.
 func (v mover) TakeLocks() error { return v.eachDisk((*blk.Disk).Lock) }
 

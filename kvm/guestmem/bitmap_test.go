@@ -160,6 +160,28 @@ func TestDirtyLog(t *testing.T) {
 	m.StopDirtyLog()
 }
 
+func TestTouched(t *testing.T) {
+	m := bitmapMemory(t)
+	b := NewBitmap(m)
+	for _, page := range []int64{0, 1, 65, 129} {
+		if _, err := m.WriteAt([]byte{1}, page*PageSize); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := m.Touched(b); err != nil {
+		t.Fatal(err)
+	}
+	// Others may be there, too, with huge pages.
+	for _, page := range []uint64{0, 1, 65, 129} {
+		if !b.Test(page * PageSize) {
+			t.Errorf("page %d is not in the set", page)
+		}
+	}
+	if b.Test(4*gib) || b.Test(4*gib+2*PageSize) {
+		t.Error("the region that nobody has touched is in the set")
+	}
+}
+
 // TestDirtyLogLosesNothing marks pages while another goroutine takes the log.
 func TestDirtyLogLosesNothing(t *testing.T) {
 	m := bitmapMemory(t)

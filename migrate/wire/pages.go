@@ -56,11 +56,13 @@ type Batch struct {
 	mem         *guestmem.Memory
 	compression Compression
 	zeroPages   bool // look for them
+	touched     *guestmem.Bitmap
 	zstd        *zstd.Encoder
 
 	runs    []byte // encoded
-	data    []byte
-	out     []byte
+	frame   []byte // room for the header, the head and maxRuns runs, then data
+	data    []byte // of frame
+	packed  []byte // the same when it is compressed
 	pages   uint64 // in data
 	nzero   uint64 // zero pages
 	nextGPA uint64 // of the last run, and its kind, so that it can grow
@@ -70,8 +72,11 @@ type Batch struct {
 // NewBatch makes one that reads m. Level is zstd's, 0 to 20. ZeroPages says whether pages are
 // looked at to leave those of zeros out.
 func NewBatch(m *guestmem.Memory, c Compression, level int, zeroPages bool) (*Batch, error) {
-	b := &Batch{mem: m, compression: c, zeroPages: zeroPages, data: make([]byte, 0, MaxBatch),
-		out: make([]byte, 0, headerSize+maxPages)}
+	b := &Batch{mem: m, compression: c, zeroPages: zeroPages, frame: make([]byte, headerSize+maxPages)}
+	b.data = b.frame[beforeData:beforeData]
+	if c != None {
+		b.packed = make([]byte, headerSize+maxPages+MaxBatch) // s2 needs room for the worst case
+	}
 	if c == Zstd {
 		var err error
 		b.zstd, err = zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.EncoderLevelFromZstd(level)), zstd.WithEncoderCRC(false))
@@ -80,6 +85,15 @@ func NewBatch(m *guestmem.Memory, c Compression, level int, zeroPages bool) (*Ba
 		}
 	}
 	return b, nil
+}
+
+// Touched has Add take pages that are not in the set for zeros, without a look at them, if it looks
+// at all. Nil is all pages.
+func (b *Batch) Touched(set *guestmem.Bitmap) { b.touched = set }
+
+// zero says whether the page at gpa is to be sent as one of zeros.
+func (b *Batch) zero(gpa uint64, page []byte) bool {
+	return b.zeroPages && (b.touched != nil && !b.touched.Test(gpa) || bytes.Equal(page, zeros[:]))
 }
 
 // Add copies pages of the n bytes at gpa, whole pages of one region, until the batch is full,
@@ -93,12 +107,12 @@ func (b *Batch) Add(gpa, n uint64) (uint64, error) {
 	for done < n {
 		rest := window[done:]
 		same := 0 // pages of the same kind
-		zero := b.zeroPages && bytes.Equal(rest[:pageSize], zeros[:])
+		zero := b.zero(gpa+done, rest[:pageSize])
 		room := len(rest)
 		if !zero {
 			room = min(room, MaxBatch-len(b.data))
 		}
-		for same += pageSize; same < room && (b.zeroPages && bytes.Equal(rest[same:same+pageSize], zeros[:])) == zero; {
+		for same += pageSize; same < room && b.zero(gpa+done+uint64(same), rest[same:same+pageSize]) == zero; {
 			same += pageSize
 		}
 		kind := uint32(kindData)
@@ -140,34 +154,43 @@ func (b *Batch) Full() bool { return len(b.data) >= MaxBatch || len(b.runs) >= m
 // Pages are those with data and those of zeros that are in the batch.
 func (b *Batch) Pages() (normal, zero uint64) { return b.pages, b.nzero }
 
+// beforeData is the room in bytes for what comes before a batch's data.
+const beforeData = headerSize + batchSize + maxRuns*runSize
+
 // Send writes the batch as a frame, if there is something in it, and empties it.
 func (b *Batch) Send(c *Conn) error {
 	if len(b.runs) == 0 {
 		return nil
 	}
-	out := append(b.out[:headerSize], 0, 0, 0, 0, 0, 0, 0, 0)
-	head := out[headerSize:]
+	frame, data, how := b.frame, b.data, None
+	if packed := b.pack(); len(packed) < len(data) {
+		frame, data, how = b.packed, packed, b.compression
+	}
+	// What comes first is put right before the data, so that they are written as one.
+	head := frame[beforeData-len(b.runs)-batchSize : beforeData]
+	clear(head[:batchSize])
 	le.PutUint16(head, uint16(len(b.runs)/runSize))
+	head[2] = byte(how)
 	le.PutUint32(head[4:], uint32(len(b.data)))
-	out = append(out, b.runs...)
-	start := len(out)
-	switch {
-	case len(b.data) == 0 || b.compression == None:
-	case b.compression == Zstd:
-		out = b.zstd.EncodeAll(b.data, out)
-	case b.compression == S2:
-		// Encode needs room for the worst case.
-		out = append(out, s2.Encode(out[start:cap(out)], b.data)...)
-	}
-	if n := len(out) - start; n > 0 && n < len(b.data) {
-		head[2] = byte(b.compression)
-	} else {
-		out = append(out[:start], b.data...)
-	}
-	payload := out[headerSize:]
-	Header{TypePages, uint32(len(payload)), updateCRC(0, payload)}.put(out)
+	copy(head[batchSize:], b.runs)
+	frame = frame[beforeData-len(head)-headerSize : beforeData+len(data)]
+	payload := frame[headerSize:]
+	Header{TypePages, uint32(len(payload)), updateCRC(0, payload)}.put(frame)
 	b.runs, b.data, b.pages, b.nzero = b.runs[:0], b.data[:0], 0, 0
-	return c.writeAll(out)
+	return c.writeAll(frame)
+}
+
+// pack compresses the data; what is no shorter is not wanted.
+func (b *Batch) pack() []byte {
+	room := b.packed
+	switch {
+	case len(b.data) == 0:
+	case b.compression == Zstd:
+		return b.zstd.EncodeAll(b.data, room[beforeData:beforeData])
+	case b.compression == S2:
+		return s2.Encode(room[beforeData:], b.data)
+	}
+	return b.data
 }
 
 // decoders of a connection, made when they are needed.

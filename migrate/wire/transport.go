@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -75,7 +76,7 @@ func Dial(ctx context.Context, a Address, o Options) (*Stream, error) {
 	case FD:
 		return openFD(ctx, a, o, false)
 	case File:
-		f, err := os.OpenFile(a.Path, os.O_WRONLY|os.O_CREATE, 0o600)
+		f, err := a.open(os.O_WRONLY | os.O_CREATE)
 		if err != nil {
 			return nil, err
 		}
@@ -93,6 +94,14 @@ func Dial(ctx context.Context, a Address, o Options) (*Stream, error) {
 		return startProgram(a, cmd, pipe{nil, in, in})
 	}
 	return nil, fmt.Errorf("address %s: not known", a)
+}
+
+// open opens a file:.
+func (a Address) open(flags int) (*os.File, error) {
+	if strings.HasPrefix(a.Path, "/dev/fdset/") {
+		return nil, fmt.Errorf("%s: there are no sets of descriptors (add-fd) here\nhand the file over with getfd and use fd:NAME", a)
+	}
+	return os.OpenFile(a.Path, flags, 0o600)
 }
 
 // truncate makes an ordinary file end at the offset, where the stream begins.
@@ -245,7 +254,7 @@ func (l *Listener) open(ctx context.Context) (*Stream, error) {
 	case FD:
 		return openFD(ctx, a, l.o, true)
 	case File:
-		f, err := os.Open(a.Path)
+		f, err := a.open(os.O_RDONLY)
 		if err != nil {
 			return nil, err
 		}

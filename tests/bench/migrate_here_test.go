@@ -3,8 +3,12 @@ package bench
 import (
 	"encoding/binary"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
 	"testing"
 	"time"
 
@@ -66,16 +70,80 @@ func TestMigrateHere(t *testing.T) {
 func TestMigrateGrowth(t *testing.T) {
 	onlyHere(t)
 	kernel := tiny.Kernel(t, fill(256), tiny.Say("up"), tiny.Halt)
+	sizes := []float64{1, 2, 4, 8, 16}
+	figure := func(gib float64) string {
+		return fmt.Sprintf("migration here, %2v GiB, 256 MiB written, total time", gib)
+	}
 	for i := range migrateRuns {
-		for _, gib := range []int{1, 2, 4, 8, 16} {
+		for _, gib := range sizes {
 			for _, c := range contenders(t, "host,-arch-capabilities") {
-				t.Run(fmt.Sprintf("%d GiB/%s/%d", gib, c.name, i+1), func(t *testing.T) {
-					m := moveTiny(t, c, kernel, gib<<10, 0)
-					record(t, c, fmt.Sprintf("migration here, %2d GiB, 256 MiB written, total time", gib), "ms", atMost(1), m.Total)
+				t.Run(fmt.Sprintf("%v GiB/%s/%d", gib, c.name, i+1), func(t *testing.T) {
+					m := moveTiny(t, c, kernel, int(gib)<<10, 0)
+					record(t, c, figure(gib), "ms", atMost(1), m.Total)
+					if gib == 8 {
+						record(t, c, "migration here, 8 GiB, one look at the dirty log", "ms", target{}, median(m.looks))
+					}
 				})
 			}
 		}
 	}
+	for _, c := range contenders(t, "host,-arch-capabilities") {
+		var times []float64
+		for _, gib := range sizes {
+			times = append(times, median(*c.values(results.figure(figure(gib), "ms", atMost(1)))))
+		}
+		if slices.Contains(times, 0) { // not all were asked for
+			continue
+		}
+		base, slope, off := line(sizes, times)
+		results.notef("growth, %s: %.0f ms and %.1f ms a GiB; no median is further than %.0f ms from that line", c.name, base, slope, off)
+	}
+}
+
+// line is the straight line y = base + slope x with the least squares, and how far the furthest
+// point is from it.
+func line(x, y []float64) (base, slope, off float64) {
+	var mx, my, xy, xx float64
+	for i := range x {
+		mx, my = mx+x[i]/float64(len(x)), my+y[i]/float64(len(x))
+	}
+	for i := range x {
+		xy, xx = xy+(x[i]-mx)*(y[i]-my), xx+(x[i]-mx)*(x[i]-mx)
+	}
+	slope = xy / xx
+	base = my - slope*mx
+	for i := range x {
+		off = max(off, math.Abs(y[i]-base-slope*x[i]))
+	}
+	return base, slope, off
+}
+
+// looks are how long a VMM took each time, in ms, to find the pages that were written.
+func looks(t *testing.T, c contender, log string) (ms []float64) {
+	t.Helper()
+	if c.vmm != harness.QEMU {
+		for _, m := range regexp.MustCompile(`found in ([0-9.]+[mµ]?s)`).FindAllStringSubmatch(log, -1) {
+			d, err := time.ParseDuration(m[1])
+			if err != nil {
+				t.Fatal(err)
+			}
+			ms = append(ms, d.Seconds()*1e3)
+		}
+		return ms
+	}
+	began := 0.0
+	for i, m := range regexp.MustCompile(`@([0-9.]+):migration_bitmap_sync_(start|end)`).FindAllStringSubmatch(log, -1) {
+		at, err := strconv.ParseFloat(m[1], 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if m[2] == "start" {
+			began = at
+		} else if i > 1 { // the first is the beginning of the log
+			ms = append(ms, (at-began)*1e3)
+		}
+	}
+	return ms
 }
 
 // onlyHere is for what needs more memory than the nested host has.
@@ -98,6 +166,9 @@ func moveTiny(t *testing.T, c contender, kernel string, mib, channels int) migra
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	start := func(name string, more ...string) (*harness.Guest, *harness.QMP) {
 		socket := filepath.Join(dir, name)
+		if c.vmm == harness.QEMU {
+			more = append(more, "-msg", "timestamp=on", "-trace", "migration_bitmap_sync_start", "-trace", "migration_bitmap_sync_end")
+		}
 		args := append(c.args[:len(c.args):len(c.args)], "-m", fmt.Sprint(mib), "-qmp", "unix:"+socket+",server=on,wait=off", "-kernel", kernel)
 		g := harness.Start(t, harness.GuestConfig{Name: name, VMM: c.vmm, NoAgent: true, Args: append(args, more...)})
 		q := harness.DialQMP(t, harness.Context(t, time.Minute), socket)
@@ -118,6 +189,7 @@ func moveTiny(t *testing.T, c contender, kernel string, mib, channels int) migra
 	from.Do("migrate", map[string]any{"uri": uri})
 	m := migrationEnd(t, from)
 	t.Logf("%s: %s", c.name, from.Do("query-migrate", nil))
+	m.looks = looks(t, c, source.Stderr.String())
 	from.Do("quit", nil)
 	to.Do("quit", nil)
 	return m

@@ -50,6 +50,7 @@ type migration struct {
 		NormalBytes float64 `json:"normal-bytes"`
 		DirtySyncs  float64 `json:"dirty-sync-count"`
 	}
+	looks []float64 // see there
 }
 
 func measureMigration(t *testing.T, c contender, peer *harness.Peer, name string, mib, dirty int) {

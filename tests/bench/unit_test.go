@@ -27,6 +27,15 @@ func TestTargets(t *testing.T) {
 	}
 }
 
+func TestLine(t *testing.T) {
+	if base, slope, off := line([]float64{1, 2, 3}, []float64{10, 12, 14}); base != 8 || slope != 2 || off != 0 {
+		t.Errorf("%v + %v x, off by %v", base, slope, off)
+	}
+	if base, slope, off := line([]float64{1, 2, 3}, []float64{3, 0, 3}); base != 2 || slope != 0 || off != 2 {
+		t.Errorf("%v + %v x, off by %v", base, slope, off)
+	}
+}
+
 func TestTable(t *testing.T) {
 	r := report{Where: "somewhere"}
 	f := r.figure("speed", "m/s", target{MinRatio: 0.9})

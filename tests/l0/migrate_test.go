@@ -412,6 +412,41 @@ func TestMigrateRefused(t *testing.T) {
 	runsOn(t, m.source, m.from)
 }
 
+// A disk that the target cannot have, for somebody else has it, is found out before the guest stops.
+func TestMigrateDisk(t *testing.T) {
+	dir := t.TempDir()
+	disk := func(name string) []string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, make([]byte, 1<<20), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return []string{"-drive", "file=" + path + ",format=raw,if=none,id=d0", "-device", "virtio-blk-pci,drive=d0"}
+	}
+	right, wrong := disk("right"), disk("wrong")
+	m := newMover(t, right...)
+	m.target.Kill()
+	m.newTarget(t, append(wrong, "-smp", "2")...)
+	user, _ := startQMP(t, tiny.Kernel(t, tiny.Say("up\n"), tiny.Echo), wrong...)
+	m.from.Do("migrate", uri(m.uri))
+	wait(t, m.from, "failed")
+	want := fmt.Sprintf("reserve the disks: disk %s/wrong: locked by another process (pid %d)", dir, user.PID())
+	for _, g := range []*harness.Guest{m.source, m.target} {
+		if _, err := g.Stderr.Wait(harness.Context(t, limit), 0, regexp.QuoteMeta(want)); err != nil {
+			t.Error(err)
+		}
+	}
+	if got := story(t, m.source); got != "RESUME setup failing failed" {
+		t.Errorf("source: %s", got)
+	}
+	runsOn(t, m.source, m.from)
+	m.target.Kill()
+	m.newTarget(t, append(right, "-smp", "2")...)
+	m.from.Do("migrate", uri(m.uri))
+	wait(t, m.from, "completed")
+	wait(t, m.to, "completed")
+	runsOn(t, m.target, m.to)
+}
+
 // A snapshot is a migration to a file.
 func TestSnapshot(t *testing.T) {
 	for name, scheme := range map[string]string{"file": "file:%s", "exec": "exec:cat > %s"} {

@@ -88,7 +88,7 @@ func (d *Disk) examine() error {
 		return errNoDisk
 	}
 	if !d.o.Unlocked {
-		if err := d.lock(st); err != nil {
+		if err := d.lock(st, 0, 0); err != nil {
 			return err
 		}
 	}
@@ -108,10 +108,14 @@ func (d *Disk) examine() error {
 	return nil
 }
 
-// lock takes an OFD lock on the whole file, which ends with the descriptor. It also keeps
-// QEMU out, whose locks are of the same kind.
-func (d *Disk) lock(st unix.Stat_t) error {
-	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}
+// token is the number of bytes, the first of the file, whose lock says whose the disk is next. A
+// machine has it together with the rest, but offers it to the one that its guest moves to.
+const token = 1
+
+// lock takes an OFD lock on n bytes, 0 for all that there can be, from start on. It ends with the
+// descriptor. On the whole file it also keeps QEMU out, whose locks, on other bytes, are of the same kind.
+func (d *Disk) lock(st unix.Stat_t, start, n int64) error {
+	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: start, Len: n}
 	if d.o.ReadOnly {
 		l.Type = unix.F_RDLCK
 	}
@@ -142,8 +146,19 @@ func (d *Disk) Flush() error {
 
 // Unlock lets another machine have the disk. The device is quiesced, the disk flushed, and
 // neither is used until Lock.
-func (d *Disk) Unlock() error {
-	l := unix.Flock_t{Type: unix.F_UNLCK, Whence: io.SeekStart}
+func (d *Disk) Unlock() error { return d.unlock(0) }
+
+// Offer lets another machine Reserve the disk, which stays this one's. Lock ends it.
+func (d *Disk) Offer() error { return d.unlock(token) }
+
+// Reserve makes sure that nobody gets the disk after its present user but who calls this. It fails if
+// that one has not offered it, so that what is found out before it stops is that this is the same disk,
+// that it can be locked here, and that nobody else waits for it. Unlock ends it.
+func (d *Disk) Reserve() error { return d.take(0, token) }
+
+// unlock gives up the first n bytes' lock, 0 for all.
+func (d *Disk) unlock(n int64) error {
+	l := unix.Flock_t{Type: unix.F_UNLCK, Whence: io.SeekStart, Len: n}
 	err := unix.FcntlFlock(uintptr(d.fd), unix.F_OFD_SETLK, &l)
 	if err != nil && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.ENOLCK) {
 		return fmt.Errorf("disk %s: unlock: %w", d.path, err)
@@ -154,15 +169,23 @@ func (d *Disk) Unlock() error {
 // Lock takes the disk after Unlock, or after it was opened Unlocked. What is cached of it is
 // dropped, as far as it can be, for the other machine may have written.
 func (d *Disk) Lock() error {
+	if err := d.take(token, 0); err != nil {
+		return err
+	}
+	_ = d.take(0, token) // a machine that has reserved it in vain has this one until it ends
+	_ = unix.Fadvise(d.fd, 0, 0, unix.FADV_DONTNEED)
+	return nil
+}
+
+func (d *Disk) take(start, n int64) error {
 	var st unix.Stat_t
 	err := unix.Fstat(d.fd, &st)
 	if err == nil {
-		err = d.lock(st)
+		err = d.lock(st, start, n)
 	}
 	if err != nil {
 		return fmt.Errorf("disk %s: %w", d.path, err)
 	}
-	_ = unix.Fadvise(d.fd, 0, 0, unix.FADV_DONTNEED)
 	return nil
 }
 

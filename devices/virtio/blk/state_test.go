@@ -51,6 +51,22 @@ func TestMigrate(t *testing.T) {
 			r.Kick()
 		}
 		other := device(t, path, blk.Options{Unlocked: true}, blk.Config{Queues: 2})
+		if err := other.Disk().Reserve(); err == nil || !strings.Contains(err.Error(), path) {
+			t.Errorf("reserved before it is offered: %v", err)
+		}
+		if err := dev.Disk().Offer(); err != nil {
+			t.Fatal(err)
+		}
+		if err := other.Disk().Reserve(); err != nil {
+			t.Fatal(err)
+		}
+		if third, err := blk.Open(path, blk.Options{}); err == nil {
+			third.Close()
+			t.Error("the disk goes to a third machine while it is offered")
+		}
+		if err := dev.Disk().Lock(); err != nil {
+			t.Errorf("its owner takes it back while it is reserved: %v", err)
+		}
 		if err := f.Quiesce(); err != nil {
 			t.Fatal(err)
 		}
@@ -62,6 +78,10 @@ func TestMigrate(t *testing.T) {
 		}
 		if err := dev.Disk().Unlock(); err != nil {
 			t.Fatal(err)
+		}
+		if third, err := blk.Open(path, blk.Options{}); err == nil {
+			third.Close()
+			t.Error("a third machine takes the disk on its way")
 		}
 		if err := other.Disk().Lock(); err != nil {
 			t.Fatal(err)

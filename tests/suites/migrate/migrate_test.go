@@ -92,15 +92,22 @@ type machine struct {
 	socket string
 }
 
-// start starts one, of whom nothing but the boot is different from the other's.
+// lends are what the hosts have for their guests: one has vhost-net and KVM's dirty log, the other
+// a TAP in baton and KVM's dirty rings.
+var lends = [2]struct {
+	vhost string
+	accel []string
+}{{vhost: "on"}, {"off", []string{"-accel", "kvm,dirty-ring-size=4096"}}}
+
+// start starts one. Besides its boot, only what the host lends is different from the other's.
 func (w *world) start(host int, boot ...string) *machine {
 	w.t.Helper()
 	w.n++
 	m := &machine{socket: filepath.Join(w.dir, fmt.Sprint("qmp", w.n))}
-	m.Guest = harness.Start(w.t, harness.GuestConfig{Name: fmt.Sprintf("%d-%s", w.n, w.hosts[host].Name), Host: w.hosts[host], Args: append(boot,
+	m.Guest = harness.Start(w.t, harness.GuestConfig{Name: fmt.Sprintf("%d-%s", w.n, w.hosts[host].Name), Host: w.hosts[host], Args: append(append(boot, lends[host].accel...),
 		"-m", "256", "-smp", "2", "-nodefaults", "-qmp", "unix:"+m.socket+",server=on,wait=off",
 		"-device", "pcie-root-port,id=rp0,chassis=1", "-device", "pcie-root-port,id=rp1,chassis=2", "-device", "pcie-root-port,id=rp2,chassis=3",
-		"-netdev", "tap,id=n0,ifname="+harness.HostTap+",script=no,downscript=no,vhost=on", "-device", "virtio-net-pci,id=net0,netdev=n0,bus=rp0,mac="+guestMAC,
+		"-netdev", "tap,id=n0,ifname="+harness.HostTap+",script=no,downscript=no,vhost="+lends[host].vhost, "-device", "virtio-net-pci,id=net0,netdev=n0,bus=rp0,mac="+guestMAC,
 		"-drive", "file="+w.disk+",format=raw,if=none,id=d0", "-device", "virtio-blk-pci,id=disk0,drive=d0,bus=rp1,serial=SHARED",
 		"-device", "virtio-rng-pci,bus=rp2")})
 	m.qmp = harness.DialQMP(w.t, harness.Context(w.t, lifeLimit), m.socket)
