@@ -2,52 +2,58 @@ package wire
 
 import (
 	"hash/crc32"
+	"sync"
 	"time"
 )
 
-// updateCRC is crc32.Update with Castagnoli's polynomial, by the CPU's instruction or by
-// tables, whichever is faster here: a CPU that is emulated, as in a nested host, may take 100 times
-// as long for the instruction as a real one.
-var updateCRC = fasterCRC()
+// updateCRC is crc32.Update with Castagnoli's polynomial, by the CPU's instruction or, where that
+// is slow, by tables: an emulated CPU, as in a nested host, takes 100 times as long for the
+// instruction as a real one.
+func updateCRC(crc uint32, p []byte) uint32 {
+	if slowInstruction() {
+		return byTables(crc, p)
+	}
+	return byInstruction(crc, p)
+}
 
 func byInstruction(crc uint32, p []byte) uint32 { return crc32.Update(crc, castagnoli, p) }
 
-// fasterCRC tries both on 32 KiB, which takes a CPU with the instruction some microseconds.
-func fasterCRC() func(uint32, []byte) uint32 {
-	p := make([]byte, 32<<10)
-	took := func(f func(uint32, []byte) uint32) time.Duration {
-		f(0, p[:64])
+// slowInstruction says whether a byte takes longer than a nanosecond.
+var slowInstruction = sync.OnceValue(func() bool {
+	p := make([]byte, 8<<10)
+	best := time.Hour
+	for range 4 {
 		start := time.Now()
-		f(0, p)
-		return time.Since(start)
+		byInstruction(0, p)
+		best = min(best, time.Since(start))
 	}
-	if took(byInstruction) <= took(byTables) {
-		return byInstruction
-	}
-	return byTables
-}
+	return best > time.Duration(len(p))
+})
 
-// tables are those of the slicing-by-8 algorithm: tables[i][b] is the CRC of the byte b and i
-// zero bytes after it.
-var tables = func() (t [8][256]uint32) {
-	t[0] = *crc32.MakeTable(crc32.Castagnoli)
-	for b := range t[0] {
+// tables are those of the slicing algorithm, for two bytes at a time, as loads cost most where
+// instructions are emulated: tables[i][v] is the CRC of the two bytes v and 2i zero bytes after them.
+var tables = sync.OnceValue(func() *[4][1 << 16]uint32 {
+	t := new([4][1 << 16]uint32)
+	for v := range t[0] {
+		t[0][v] = byByte(byByte(uint32(v), 0), 0)
 		for i := 1; i < len(t); i++ {
-			t[i][b] = t[0][t[i-1][b]&0xff] ^ t[i-1][b]>>8
+			t[i][v] = byByte(byByte(t[i-1][v], 0), 0)
 		}
 	}
 	return t
-}()
+})
+
+func byByte(crc uint32, b byte) uint32 { return castagnoli[byte(crc)^b] ^ crc>>8 }
 
 func byTables(crc uint32, p []byte) uint32 {
+	t := tables()
 	crc = ^crc
 	for ; len(p) >= 8; p = p[8:] {
-		crc ^= le.Uint32(p)
-		crc = tables[0][p[7]] ^ tables[1][p[6]] ^ tables[2][p[5]] ^ tables[3][p[4]] ^
-			tables[4][crc>>24] ^ tables[5][crc>>16&0xff] ^ tables[6][crc>>8&0xff] ^ tables[7][crc&0xff]
+		v := le.Uint64(p) ^ uint64(crc)
+		crc = t[3][uint16(v)] ^ t[2][uint16(v>>16)] ^ t[1][uint16(v>>32)] ^ t[0][uint16(v>>48)]
 	}
 	for _, b := range p {
-		crc = tables[0][byte(crc)^b] ^ crc>>8
+		crc = byByte(crc, b)
 	}
 	return ^crc
 }
