@@ -106,7 +106,12 @@ func scrub(t *testing.T) {
 	if free <= reserve {
 		t.Fatalf("only %d bytes are free", free)
 	}
-	memory, err := unix.Mmap(-1, 0, free-reserve, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
+	occupy(t, free-reserve)()
+}
+
+// occupy takes memory, in bytes, and writes to it. What it returns gives it back.
+func occupy(t *testing.T, n int) (free func()) {
+	memory, err := unix.Mmap(-1, 0, n, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -115,8 +120,10 @@ func scrub(t *testing.T) {
 			t.Errorf("advice %d: %v", advice, err)
 		}
 	}
-	if err := unix.Munmap(memory); err != nil {
-		t.Error(err)
+	return func() {
+		if err := unix.Munmap(memory); err != nil {
+			t.Error(err)
+		}
 	}
 }
 

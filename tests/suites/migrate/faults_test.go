@@ -44,21 +44,21 @@ func (m *machine) in(t *testing.T) *machine {
 	return &v
 }
 
-// begin begins a migration and waits for the moment. One that is to be active is slow.
-func (w *world) begin(m *machine, moment string) (to *machine) {
+// begin begins a migration to a host and waits for the moment. One that is to be active is slow.
+func (w *world) begin(m *machine, host int, moment string) (to *machine) {
 	w.t.Helper()
-	to = w.start(1, "-incoming", w.uri(1))
+	to = w.start(host, "-incoming", w.uri(host))
 	for _, q := range []*harness.QMP{m.qmp, to.qmp} {
 		q.Do("migrate-set-parameters", map[string]any{"stall-timeout": 5000, "max-bandwidth": map[string]int{"active": 4 * mib, "pre-switchover": 1 << 30}[moment]})
 	}
 	m.qmp.Do("migrate-set-capabilities", map[string]any{"capabilities": []any{map[string]any{"capability": "pause-before-switchover", "state": true}}})
-	m.qmp.Do("migrate", map[string]any{"uri": w.uri(1)})
+	m.qmp.Do("migrate", map[string]any{"uri": w.uri(host)})
 	m.wait(w.t, moment)
 	return to
 }
 
 func (w *world) fault(m *machine, moment string, fault func(*world, *machine, *machine)) {
-	to := w.begin(m, moment)
+	to := w.begin(m, 1, moment)
 	fault(w, m, to)
 	if moment == "pre-switchover" {
 		_, _ = m.qmp.Execute("migrate-continue", map[string]any{"state": moment}) // it may be over
@@ -86,7 +86,7 @@ func (w *world) fault(m *machine, moment string, fault func(*world, *machine, *m
 
 // sourceKilled: the guest dies with its process; the target has not all of it, and does not start.
 func (w *world) sourceKilled(m *machine) {
-	to := w.begin(m, "pre-switchover")
+	to := w.begin(m, 0, "pre-switchover")
 	m.Kill()
 	if code := to.Wait(harness.Context(w.t, limit)); code != 1 {
 		w.t.Errorf("target: exit code %d", code)
