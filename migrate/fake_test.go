@@ -217,6 +217,11 @@ func (m *machine) TakeLocks() error {
 func (m *machine) OfferLocks() error {
 	unlock, err := m.alive("OfferLocks")
 	defer unlock()
+	m.w.mu.Lock()
+	defer m.w.mu.Unlock()
+	if err == nil && m.w.next == m {
+		m.w.next = nil
+	}
 	return err
 }
 
