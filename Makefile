@@ -40,7 +40,7 @@ demo: ## a stock Debian kernel on baton; guests with a VF move between two hosts
 	@$(GO) build -o $(CACHE)/bin/demo ./tests/demo
 	@$(CACHE)/bin/demo
 
-bench: $(NESTED) build images $(CACHE)/bin/gokvm ## compare with QEMU, in the nested host and, by a tiny guest, on this machine; RUN=TestLinux///disk: a part
+bench: $(NESTED) build images $(CACHE)/bin/gokvm ## compare with QEMU, in the nested host and, by a tiny guest, on this machine; RUN=TestLinux/disk: a part
 	@cd guest-images && $(GO) build -o $(CACHE)/bin/nettool ./cmds/nettool
 	@mkdir -p $(CACHE)/bench-here
 	@[ -n "$(RUN)" ] || BATON_TEST=host BATON_ARTIFACTS=$(CACHE)/bench-here $(NESTED) run -run "TestExits|TestMigrateHere|TestMigrateGrowth" -json $(CACHE)/bench-here.json ./tests/bench

@@ -1,7 +1,7 @@
 // Package bench compares baton with QEMU: the same kernel, initrd, memory and virtio devices
-// on the same host, one run of each in turn, so that what else the host does hits both.
+// on the same host, each in turn, so that what else the host does hits both.
 //
-//	TestLinux   for each run:  start ──> BATON-READY ──> memory ──> disk ──> network (subtests)
+//	TestLinux   start and memory: a new guest each time; disk and network: two guests take turns
 //	TestExits   a guest of a few instructions that only exits
 //	TestGokvm   whether the other VMM in Go boots this kernel, and how fast
 //

@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 
@@ -27,66 +26,91 @@ const (
 	cmdline   = "console=ttyS0 quiet panic=-1"
 )
 
-// TestLinux measures all that a stock kernel shows, in one life of the guest.
+// TestLinux measures all that a stock kernel shows.
 func TestLinux(t *testing.T) {
-	disk := tmpfsDisk(t)
-	harness.Tap(t, tapName, 1)
-	harness.Addr(t, tapName, hostAddr+"/24")
 	results.notef("guest: 1 vCPU, %d MiB, stock Debian kernel; disk on tmpfs, QEMU's with its default aio=threads; vhost-net", guestMiB)
-	for i := range runs {
-		for _, c := range contenders(t, "host") {
-			// Each guest's undoing belongs to its own run.
-			t.Run(fmt.Sprintf("%s/%d", c.name, i+1), func(t *testing.T) { measureLinux(t, c, disk) })
+	t.Run("start", func(t *testing.T) {
+		for i := range runs {
+			for n, c := range contenders(t, "host") {
+				// Each guest's undoing belongs to its own run.
+				t.Run(fmt.Sprintf("%s/%d", c.name, i+1), func(t *testing.T) {
+					scrub(t)
+					l := startLinux(t, c, n)
+					record(t, c, "start to guest userspace", "s", target{MaxRatio: 0.6}, l.started.Seconds())
+					record(t, c, "memory of the VMM", "MiB", target{Max: 20, MaxRatio: 0.5}, vmmMemory(t, l.guest.PID()))
+				})
+			}
 		}
-	}
+	})
+	t.Run("disk", func(t *testing.T) { takeTurns(t, measureDisk) })
+	t.Run("network", func(t *testing.T) { takeTurns(t, measureTCP) })
 }
 
-// measureLinux measures one life of a guest. Its parts are subtests, so that -run can pick one:
-// TestLinux//1/disk is the disk's in the first run of each VMM.
-func measureLinux(t *testing.T, c contender, disk string) {
-	scrub(t)
-	g := harness.Start(t, harness.GuestConfig{VMM: c.vmm, Args: append(c.args[:len(c.args):len(c.args)],
+// A linux is a guest with a disk and a NIC.
+type linux struct {
+	contender
+	guest      *harness.Guest
+	started    time.Duration // until its userspace ran
+	host, addr string        // of the NIC: IPv4 addresses of the host and of the guest
+	ctx        context.Context
+}
+
+// startLinux starts the guest of the contender that has that number.
+func startLinux(t *testing.T, c contender, n int) *linux {
+	l := &linux{contender: c, host: fmt.Sprintf("10.77.%d.1", n), addr: fmt.Sprintf("10.77.%d.2", n), ctx: harness.Context(t, 5*time.Minute)}
+	tap, mac := fmt.Sprintf("bench%d", n), fmt.Sprintf("02:00:00:00:77:%02x", n+2)
+	harness.Tap(t, tap, 1)
+	harness.Addr(t, tap, l.host+"/24")
+	l.guest = harness.Start(t, harness.GuestConfig{VMM: c.vmm, Args: append(c.args[:len(c.args):len(c.args)],
 		"-m", fmt.Sprint(guestMiB), "-smp", "1", "-no-reboot", // one that is reset has failed
 		"-kernel", harness.Image(t, "vmlinuz"), "-initrd", harness.Image(t, "test.cpio"), "-append", cmdline,
-		"-drive", "file="+disk+",format=raw,if=none,id=d0,cache=writeback", "-device", "virtio-blk-pci,drive=d0",
-		"-netdev", "tap,id=n0,ifname="+tapName+",script=no,downscript=no,vhost=on", "-device", "virtio-net-pci,netdev=n0,mac="+guestMAC,
+		"-drive", "file="+tmpfsDisk(t)+",format=raw,if=none,id=d0,cache=writeback", "-device", "virtio-blk-pci,drive=d0",
+		"-netdev", "tap,id=n0,ifname="+tap+",script=no,downscript=no,vhost=on", "-device", "virtio-net-pci,netdev=n0,mac="+mac,
 	)})
-	ctx := harness.Context(t, 2*time.Minute)
-	g.WaitSerial(ctx, "^BATON-READY")
-	started := time.Since(g.Started())
-	g.Output(ctx, "@addr", guestMAC, guestAddr+"/24")
+	l.guest.WaitSerial(l.ctx, "^BATON-READY")
+	l.started = time.Since(l.guest.Started())
+	l.guest.Output(l.ctx, "@addr", mac, l.addr+"/24")
+	l.guest.Output(l.ctx, "@tcp-serve", l.addr+":5001")
+	startServer(t, l.host)
+	return l
+}
 
-	t.Run("start", func(t *testing.T) {
-		record(t, c, "start to guest userspace", "s", target{MaxRatio: 0.6}, started.Seconds())
-	})
-	t.Run("memory", func(t *testing.T) {
-		record(t, c, "memory of the VMM", "MiB", target{Max: 20, MaxRatio: 0.5}, vmmMemory(t, g.PID()))
-	})
-	t.Run("disk", func(t *testing.T) { measureDisk(t, ctx, c, g.In(t)) })
-	t.Run("network", func(t *testing.T) { measureTCP(t, ctx, c, g.In(t)) })
-	if n := strings.Count(g.Serial.String(), "BATON-READY"); n != 1 || g.Events.Len() > 0 && strings.Contains(g.Events.String(), `"RESET"`) {
-		t.Errorf("the guest started %d times, or was reset", n)
+// takeTurns measures a guest of each VMM; both are there, so that nothing but the VMM changes
+// from one turn to the next. The first turns are to warm up.
+func takeTurns(t *testing.T, measure func(*testing.T, *linux, func(name, unit string, goal target, value float64))) {
+	scrub(t)
+	var guests []*linux
+	for n, c := range contenders(t, "host") {
+		guests = append(guests, startLinux(t, c, n))
+	}
+	for turn := range 2*runs + 1 {
+		for _, l := range guests {
+			measure(t, l, func(name, unit string, goal target, value float64) {
+				if turn > 0 {
+					record(t, l.contender, name, unit, goal, value)
+				}
+			})
+		}
+		guests[0], guests[1] = guests[1], guests[0]
 	}
 }
 
-func measureDisk(t *testing.T, ctx context.Context, c contender, g *harness.Guest) {
+func measureDisk(t *testing.T, l *linux, record func(name, unit string, goal target, value float64)) {
 	goal := target{MinRatio: 0.9}
-	record(t, c, "disk, 4 KiB random reads", "IOPS", goal, readDisk(t, ctx, g, "4096", "random", 1).IOPS)
-	record(t, c, "disk, 4 KiB random reads, 4 at once", "IOPS", goal, readDisk(t, ctx, g, "4096", "random", 4).IOPS)
-	record(t, c, "disk, 1 MiB sequential reads", "MiB/s", goal, readDisk(t, ctx, g, "1048576", "seq", 1).MiBPS)
+	record("disk, 4 KiB random reads", "IOPS", goal, readDisk(t, l, "4096", "random", 1).IOPS)
+	record("disk, 4 KiB random reads, 4 at once", "IOPS", goal, readDisk(t, l, "4096", "random", 4).IOPS)
+	record("disk, 1 MiB sequential reads", "MiB/s", goal, readDisk(t, l, "1048576", "seq", 1).MiBPS)
 }
 
-func measureTCP(t *testing.T, ctx context.Context, c contender, g *harness.Guest) {
-	g.Output(ctx, "@tcp-serve", guestAddr+":5001")
-	startServer(t)
+func measureTCP(t *testing.T, l *linux, record func(name, unit string, goal target, value float64)) {
 	for _, streams := range []string{"1", "4"} {
-		to, err := exec.CommandContext(ctx, nettool(t), "send", guestAddr+":5001", streams, "2").CombinedOutput()
+		to, err := exec.CommandContext(l.ctx, nettool(t), "send", l.addr+":5001", streams, "1").CombinedOutput()
 		if err != nil {
 			t.Fatalf("send to the guest: %v\n%s", err, to)
 		}
-		record(t, c, "TCP to the guest, streams: "+streams, "Mbit/s", target{MinRatio: 0.95}, throughput(t, string(to)))
-		from := g.Output(ctx, "@tcp-send", hostAddr+":5001", streams, "2")
-		record(t, c, "TCP from the guest, streams: "+streams, "Mbit/s", target{MinRatio: 0.95}, throughput(t, from))
+		record("TCP to the guest, streams: "+streams, "Mbit/s", target{MinRatio: 0.95}, throughput(t, string(to)))
+		from := l.guest.Output(l.ctx, "@tcp-send", l.host+":5001", streams, "1")
+		record("TCP from the guest, streams: "+streams, "Mbit/s", target{MinRatio: 0.95}, throughput(t, from))
 	}
 }
 
@@ -155,8 +179,8 @@ type diskResult struct {
 	MiBPS float64 `json:"mib_s"`
 }
 
-// readDisk lets that many readers in the guest read for 2 s, past its page cache.
-func readDisk(t *testing.T, ctx context.Context, g *harness.Guest, size, order string, readers int) (sum diskResult) {
+// readDisk lets that many readers in the guest read for a second, past its page cache.
+func readDisk(t *testing.T, l *linux, size, order string, readers int) (sum diskResult) {
 	type answer struct {
 		harness.Result
 		error
@@ -164,7 +188,7 @@ func readDisk(t *testing.T, ctx context.Context, g *harness.Guest, size, order s
 	answers := make(chan answer, readers)
 	for range readers {
 		go func() {
-			r, err := g.Run(ctx, "@blkread", "/dev/vda", size, "0", order, "2")
+			r, err := l.guest.Run(l.ctx, "@blkread", "/dev/vda", size, "0", order, "1")
 			answers <- answer{r, err}
 		}()
 	}
@@ -212,8 +236,8 @@ func tmpfsDisk(t *testing.T) string {
 }
 
 // startServer runs the host's receiver of TCP streams until the test ends.
-func startServer(t *testing.T) {
-	server := exec.Command(nettool(t), "serve", hostAddr+":5001")
+func startServer(t *testing.T, addr string) {
+	server := exec.Command(nettool(t), "serve", addr+":5001")
 	out, err := server.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
