@@ -21,6 +21,7 @@
 //	committing    ── commit ────────────────────────────────>  committing: locks taken, Start
 //	              <────────────────────────────── committed ──  confirming, AfterResume
 //	completed     ── done ──────────────────────────────────>  completed
+//	              <──────────────────────────────────── done ──
 //
 // # Who owns the guest
 //

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"slices"
 	"time"
 
@@ -72,14 +71,19 @@ func (s *Source) leave(t wire.Type, v any, waits bool) {
 	if s.stream.OneWay {
 		return
 	}
-	read := func() bool { // it closes then; to close first could throw the frame away
-		select {
-		case <-s.deaf:
-			if s.gone {
+	heard := func() bool { // that it has read it
+		for {
+			select {
+			case a := <-s.answers:
+				if a.t == wire.TypeDone {
+					return true
+				}
+			default:
 				return false
 			}
-		default:
 		}
+	}
+	read := func() bool { // to close first could throw the frame away
 		if s.main.WriteLast(t, v, time.Second) != nil {
 			return false
 		}
@@ -91,14 +95,19 @@ func (s *Source) leave(t wire.Type, v any, waits bool) {
 			return false
 		}
 		s.main.SetStall(time.Second, time.Second)
-		_, err := io.Copy(io.Discard, s.main)
-		return err == nil
+		for end := time.Now().Add(2 * time.Second); !heard(); { // who listened may have been interrupted
+			if time.Now().After(end) || s.readAnswer() != nil {
+				return false
+			}
+		}
+		return true
 	}
 	if read() || !waits || !s.o.Address.Again() {
 		return
 	}
 	for wait := 50 * time.Millisecond; wait < 10*time.Second; wait *= 2 {
-		if _, err := s.askOnce(context.Background(), s.o.Address); err == nil || errors.Is(err, unix.ECONNREFUSED) {
+		_, confirmed, err := s.askOnce(context.Background(), s.o.Address)
+		if confirmed || errors.Is(err, unix.ECONNREFUSED) {
 			return
 		}
 		time.Sleep(wait)
@@ -120,7 +129,9 @@ func (s *Source) ask(cause error) error {
 		go func(a wire.Address) {
 			err := fmt.Errorf("%s: cannot be asked", a)
 			if a.Again() {
-				runs, err = s.askOnce(ctx, a)
+				var confirmed bool
+				runs, confirmed, err = s.askOnce(ctx, a)
+				s.unsure.Store(err == nil && !confirmed)
 			}
 			answered <- err
 		}(address)
@@ -166,11 +177,12 @@ func (s *Source) forget() {
 	s.err = nil
 }
 
-// askOnce asks whether the target runs the guest; after the answer it is certain.
-func (s *Source) askOnce(ctx context.Context, a wire.Address) (runs bool, err error) {
+// askOnce asks whether the target runs the guest; after the answer it is certain. Confirmed says that
+// the target, which waits for that, knows that it is.
+func (s *Source) askOnce(ctx context.Context, a wire.Address) (runs, confirmed bool, err error) {
 	st, err := s.dial(ctx, a)
 	if err != nil {
-		return false, err
+		return false, false, err
 	}
 	c := wire.NewConn(st.ReadWriteCloser)
 	defer c.Close()
@@ -178,28 +190,29 @@ func (s *Source) askOnce(ctx context.Context, a wire.Address) (runs bool, err er
 	stall := s.stall()
 	c.SetStall(stall, stall)
 	if err := c.Begin(wire.TypeAsk, wire.Ask{Session: s.session}); err != nil {
-		return false, err
+		return false, false, err
 	}
 	if err := c.ReadPreamble(); err != nil {
-		return false, err
+		return false, false, err
 	}
 	h, err := c.ReadHeader()
 	if err != nil {
-		return false, err
+		return false, false, err
 	}
 	if h.Type == wire.TypeRefuse {
 		var r wire.Reason
-		return false, errors.Join(c.ReadMessage(h, &r), &refusal{r.Err()})
+		return false, false, errors.Join(c.ReadMessage(h, &r), &refusal{r.Err()})
 	}
 	var answer wire.Answer
 	if h.Type != wire.TypeAnswer {
-		return false, fmt.Errorf("%w: %s to a question", wire.ErrCorrupt, h.Type)
+		return false, false, fmt.Errorf("%w: %s to a question", wire.ErrCorrupt, h.Type)
 	}
 	if err := c.ReadMessage(h, &answer); err != nil {
-		return false, err
+		return false, false, err
 	}
 	_ = c.Write(wire.TypeDone, nil)
-	return answer.Runs, nil
+	h, err = c.ReadHeader()
+	return answer.Runs, err == nil && h.Type == wire.TypeDone, nil
 }
 
 // giveUp lets the guest go on here, then undoes what was done, and says why.
@@ -233,7 +246,7 @@ func (s *Source) giveUp(why error) error {
 	case s.committed && errors.As(why, &no): // the target waits to hear that this is known
 		go s.leave(wire.TypeDone, nil, true)
 	default:
-		go s.leave(wire.TypeAbort, wire.NewReason(why), last >= SourceFinishing && last < SourceCommitting)
+		go s.leave(wire.TypeAbort, wire.NewReason(why), last >= SourceFinishing && last < SourceCommitting || s.unsure.Load())
 	}
 	s.finish()
 	for _, undo := range slices.Backward(s.undos) {

@@ -20,29 +20,30 @@ func (s *Source) sync(b *guestmem.Bitmap) error {
 	return nil
 }
 
-// round sends s.sending, or what of it can be sent until a time, if that is not zero, and waits
-// until the target has it all: what is on its way then is no part of the stop.
+// round sends s.sending, or what of it can be sent until a time, if that is not zero.
 func (s *Source) round(n int, until time.Time, rate func() uint64) (bytes uint64, busy time.Duration, err error) {
 	s.event(n, "")
 	if bytes, busy, err = s.senders.send(s.ctx, n, s.sending, until, rate); err != nil {
 		return 0, 0, s.lost(err)
 	}
-	begin := time.Now()
 	if s.ram[0] != s.main {
 		if err := s.main.Write(wire.TypeRound, wire.Round{Number: n}); err != nil {
 			return 0, 0, s.lost(err)
 		}
 	}
-	if !s.stream.OneWay {
-		a, err := s.expect(wire.TypeRound)
-		if err != nil {
-			return 0, 0, err
-		}
-		if a.round != n {
-			return 0, 0, fmt.Errorf("%w: round %d, not %d, from the target", wire.ErrCorrupt, a.round, n)
-		}
+	return bytes, busy, nil
+}
+
+// arrived waits until the target has all of a round.
+func (s *Source) arrived(n int) error {
+	if s.stream.OneWay {
+		return nil
 	}
-	return bytes, busy + time.Since(begin), nil
+	a, err := s.expect(wire.TypeRound)
+	if err == nil && a.round != n {
+		err = fmt.Errorf("%w: round %d, not %d, from the target", wire.ErrCorrupt, a.round, n)
+	}
+	return err
 }
 
 // precopy goes over RAM, again and again, until the policy says that the rest is for the stop;
@@ -87,6 +88,11 @@ func (s *Source) precopy() error {
 		if err != nil {
 			return err
 		}
+		sent := time.Now()
+		if err := s.arrived(n); err != nil { // what is on its way then is no part of the stop
+			return err
+		}
+		busy += time.Since(sent)
 		senders.touched(nil)
 		s.dirty.Clear()
 		look := time.Now()

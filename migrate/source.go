@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"baton/kvm/guestmem"
@@ -26,7 +27,6 @@ type Source struct {
 
 	answers chan answer
 	deaf    chan struct{} // closed when nobody reads the target's answers any more
-	gone    bool          // that was the target's doing; valid when deaf is closed
 
 	senders *senders
 	sending *guestmem.Bitmap // pages of this round
@@ -43,6 +43,7 @@ type Source struct {
 	decide  chan bool         // Decide
 	asked   chan wire.Address // Recover
 	settled chan struct{}     // closed when SourceAsking is over
+	unsure  atomic.Bool       // the target has answered, and may not know that the answer has come
 }
 
 // answer is a frame from the target.
@@ -197,7 +198,7 @@ func (s *Source) Run() error {
 			done = wire.Done{Late: late}
 		}
 	}
-	s.leave(wire.TypeDone, done, last == SourceCommitting)
+	s.leave(wire.TypeDone, done, last == SourceCommitting || s.unsure.Load())
 	return nil
 }
 
@@ -336,7 +337,6 @@ func (s *Source) listen() {
 	default:
 		err = fmt.Errorf("connection to the target: %w", err)
 	}
-	s.gone = s.ctx.Err() == nil && r == nil
 	s.cancel(err)
 }
 
@@ -483,6 +483,7 @@ func (s *Source) stopGuest() (err error) {
 	}
 	lap(&d.RAM)
 	sections := s.m.Sections()
+	s.main.Hold()
 	for _, sec := range sections {
 		i := sec.Info()
 		data, err := sec.Save()
@@ -503,7 +504,7 @@ func (s *Source) stopGuest() (err error) {
 	if !s.stream.OneWay { // which may lie somewhere before it is read
 		end.Stopped = time.Since(begin).Microseconds()
 	}
-	if err := s.main.Write(wire.TypeEnd, end); err != nil {
+	if err := errors.Join(s.main.Write(wire.TypeEnd, end), s.main.Release()); err != nil {
 		return s.lost(err)
 	}
 	lap(&d.Save)
@@ -511,6 +512,9 @@ func (s *Source) stopGuest() (err error) {
 		return nil
 	}
 	s.enter(SourceLoading)
+	if err := s.arrived(round); err != nil {
+		return err
+	}
 	if _, err := s.expect(wire.TypeLoaded); err != nil {
 		return err
 	}

@@ -371,8 +371,9 @@ func (t *Target) answer(c *wire.Conn, a wire.Ask) error {
 	if h, err := c.ReadHeader(); err != nil || h.Type != wire.TypeDone {
 		return fmt.Errorf("answer to the source: not confirmed (%w)", err)
 	}
+	err := c.Write(wire.TypeDone, nil)
 	t.sourceKnows()
-	return nil
+	return err
 }
 
 // take goes through an attempt. An error says that the guest does not run here, and the
@@ -409,7 +410,11 @@ func (t *Target) take(in *incoming) error {
 		undo()
 	}
 	stop()
-	if !in.stream.OneWay && !in.aborted() && !in.loaded {
+	switch {
+	case in.stream.OneWay:
+	case in.aborted():
+		_ = in.main.WriteLast(wire.TypeDone, nil, time.Second)
+	case !in.loaded:
 		_ = refuse(in.main, err)
 	}
 	return err
@@ -572,6 +577,7 @@ func (t *Target) awaitSource(in *incoming) (run bool) {
 				if t.settledAs(runs) {
 					t.m.GiveLate(done.Late)
 				}
+				_ = in.main.WriteLast(wire.TypeDone, nil, time.Second)
 				t.sourceKnows()
 			}
 		case <-lost:

@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/binary"
 	"errors"
@@ -18,7 +19,8 @@ import (
 // Type of a frame.
 type Type uint8
 
-// Types of frames: those that the source sends, then those that the target answers.
+// Types of frames: those that the source sends, then those that the target answers. Done is also
+// what the target answers to the source's last frame, Done or Abort.
 const (
 	TypeHello   Type = 1  // first on the main connection: Hello
 	TypeJoin    Type = 2  // first on a channel: Join
@@ -144,8 +146,10 @@ type Conn struct {
 	broken                atomic.Bool // a frame may have gone out in part
 
 	mu       sync.Mutex // of writes
+	held     []byte     // what Hold keeps back; nil: nothing is
 	sent     atomic.Uint64
 	received atomic.Uint64
+	in       *bufio.Reader
 	scratch  []byte // of the reader: small payloads, and batches that are decompressed
 	unpack   decoders
 }
@@ -153,6 +157,7 @@ type Conn struct {
 // NewConn makes frames of a stream. Deadlines work if it has them, as a net.Conn does.
 func NewConn(stream io.ReadWriteCloser) *Conn {
 	c := &Conn{stream: stream, close: stream.Close}
+	c.in = bufio.NewReaderSize(reader{c}, readAhead)
 	if d, ok := stream.(deadliner); ok {
 		c.dl, c.setRead, c.setWrite = d, d.SetReadDeadline, d.SetWriteDeadline
 	}
@@ -200,11 +205,14 @@ func (c *Conn) deadline(set func(time.Time) error, d int64) error {
 }
 
 // WriteLast sends a frame within the time, also after Interrupt, unless the other side would
-// not understand it any more.
+// not understand it any more. What was held is not sent.
 func (c *Conn) WriteLast(t Type, v any, within time.Duration) error {
 	if c.broken.Load() || c.dl == nil {
 		return net.ErrClosed
 	}
+	c.mu.Lock()
+	c.held = nil
+	c.mu.Unlock()
 	c.interrupted.Store(false)
 	c.writeStall.Store(int64(within))
 	return c.Write(t, v)
@@ -216,8 +224,22 @@ func (c *Conn) Sent() uint64 { return c.sent.Load() }
 // Received is the number of bytes read.
 func (c *Conn) Received() uint64 { return c.received.Load() }
 
+// readAhead is what is read at once of small frames. What is larger goes where it should.
+const readAhead = 8 << 10
+
 // Read reads bytes, for what is not a frame.
 func (c *Conn) Read(p []byte) (int, error) {
+	if c.interrupted.Load() {
+		return 0, net.ErrClosed
+	}
+	return c.in.Read(p)
+}
+
+// reader is what a Conn reads from.
+type reader struct{ c *Conn }
+
+func (r reader) Read(p []byte) (int, error) {
+	c := r.c
 	if err := c.deadline(c.setRead, c.readStall.Load()); err != nil {
 		return 0, err
 	}
@@ -238,6 +260,37 @@ func (c *Conn) readFull(p []byte) error {
 func (c *Conn) writeAll(p []byte) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.held != nil {
+		c.held = append(c.held, p...)
+		if len(c.held) < maxHeld {
+			return nil
+		}
+		p, c.held = c.held, []byte{}
+	}
+	return c.write(p)
+}
+
+// maxHeld is about how many bytes are held at most.
+const maxHeld = 1 << 20
+
+// Hold keeps frames back until Release, or there are too many, and writes them as one.
+func (c *Conn) Hold() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.held = []byte{}
+}
+
+// Release ends Hold.
+func (c *Conn) Release() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	p := c.held
+	c.held = nil
+	return c.write(p)
+}
+
+// write writes; mu is held.
+func (c *Conn) write(p []byte) error {
 	if err := c.deadline(c.setWrite, c.writeStall.Load()); err != nil {
 		return err
 	}
