@@ -203,7 +203,7 @@ func (t *Target) Run() error {
 	defer t.cancel(nil)
 	p := newPrefault(t.m.Memory())
 	t.sink.Coming = p.coming
-	for range min(runtime.NumCPU(), prefaulters) {
+	for range min((runtime.NumCPU()+1)/2, prefaulters) { // who receives needs one, too
 		t.greets.Go(func() { p.run(t.ctx.Done()) })
 	}
 	context.AfterFunc(t.ctx, func() { _ = t.l.Close() })
