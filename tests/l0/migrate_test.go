@@ -305,20 +305,6 @@ func TestMigrate(t *testing.T) {
 	ends(t, m.source, "host-qmp-quit")
 }
 
-// A guest that moves on from where it has come to.
-func TestMigrateTwice(t *testing.T) {
-	m := newMover(t)
-	for range 3 {
-		m.from.Do("migrate", uri(m.uri))
-		wait(t, m.from, "completed")
-		wait(t, m.to, "completed")
-		runsOn(t, m.target, m.to)
-		m.from.Do("quit", nil)
-		ends(t, m.source, "host-qmp-quit")
-		m.newTargetOf(t)
-	}
-}
-
 // What does not run stays so.
 func TestMigratePaused(t *testing.T) {
 	m := newMover(t)
