@@ -21,7 +21,7 @@ const (
 	runSize   = 16
 	maxRuns   = 1024
 	// MaxBatch is the most guest memory in bytes that a batch brings, without zero pages.
-	MaxBatch = 512 << 10
+	MaxBatch = 256 << 10
 
 	kindData, kindZero = 0, 1
 	pageSize           = guestmem.PageSize
