@@ -19,6 +19,7 @@ const (
 	hotResetInfo    = vfioBase + 12 // hotResetDevices
 	hotReset        = vfioBase + 13 // hotResetGroups
 	iommuMapDMA     = vfioBase + 13 // dmaMap, of a container
+	iommuUnmapDMA   = vfioBase + 14 // dmaUnmap
 )
 
 const (
@@ -30,11 +31,12 @@ const (
 	regionMmap    = 1 << 2 // VFIO_REGION_INFO_FLAG_MMAP
 	capSparse     = 1      // VFIO_REGION_INFO_CAP_SPARSE_MMAP
 	dmaReadWrite  = 1<<0 | 1<<1
-	regionROM     = 6 // VFIO_PCI_ROM_REGION_INDEX; 0 to 5 are the BARs
-	regionConfig  = 7 // VFIO_PCI_CONFIG_REGION_INDEX
-	irqINTX       = 0 // VFIO_PCI_INTX_IRQ_INDEX
-	irqMSI        = 1 // VFIO_PCI_MSI_IRQ_INDEX
-	irqMSIX       = 2 // VFIO_PCI_MSIX_IRQ_INDEX
+	dmaUnmapAll   = 1 << 1 // VFIO_DMA_UNMAP_FLAG_ALL
+	regionROM     = 6      // VFIO_PCI_ROM_REGION_INDEX; 0 to 5 are the BARs
+	regionConfig  = 7      // VFIO_PCI_CONFIG_REGION_INDEX
+	irqINTX       = 0      // VFIO_PCI_INTX_IRQ_INDEX
+	irqMSI        = 1      // VFIO_PCI_MSI_IRQ_INDEX
+	irqMSIX       = 2      // VFIO_PCI_MSIX_IRQ_INDEX
 	irqNone       = 1 << 0
 	irqEventFD    = 1 << 2
 	irqUnmask     = 1 << 4
@@ -63,6 +65,11 @@ type irqSet struct { // vfio_irq_set with eventfds
 type dmaMap struct { // vfio_iommu_type1_dma_map
 	argsz, flags      uint32
 	vaddr, iova, size uint64
+}
+
+type dmaUnmap struct { // vfio_iommu_type1_dma_unmap
+	argsz, flags uint32
+	_, _         uint64 // iova, size: all
 }
 
 type resetPeer struct { // vfio_pci_dependent_device

@@ -194,6 +194,14 @@ func (c *Container) mapMemory(ctx context.Context) error {
 	return nil
 }
 
+// unmapMemory takes the guest's memory from devices that do not use it any more. Linux before 5.12,
+// which cannot unmap all at once, does it when the last group leaves.
+func (c *Container) unmapMemory() {
+	u := dmaUnmap{flags: dmaUnmapAll}
+	u.argsz = sizeOf(&u)
+	_, _ = ioctl(c.fd, iommuUnmapDMA, &u)
+}
+
 // leave takes a user from a group, and with the last one the group from the container.
 func (c *Container) leave(number string) error {
 	g := c.groups[number]

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 
 	"baton/devices"
 
@@ -76,8 +77,8 @@ func (d *Device) open(group int) (err error) {
 // Host is the function's address on the host, 0000:00:00.0.
 func (d *Device) Host() string { return d.bdf }
 
-// Close gives the function back to the kernel, which resets it, and to the driver that it
-// was taken from.
+// Close gives the function, which does no DMA, back to the kernel, which resets it, and to the
+// driver that it was taken from.
 func (d *Device) Close() error {
 	d.c.opening.Lock()
 	defer d.c.opening.Unlock()
@@ -87,10 +88,15 @@ func (d *Device) Close() error {
 func (d *Device) close() (err error) {
 	delete(d.c.devices, d.bdf)
 	if d.fd >= 0 {
+		var unmapping sync.WaitGroup
+		if len(d.c.devices) == 0 { // while the kernel waits for the reset
+			unmapping.Go(d.c.unmapMemory)
+		}
 		if !d.fresh() {
 			err = d.reset() // the kernel cannot do it alone
 		}
 		err = errors.Join(err, unix.Close(d.fd))
+		unmapping.Wait()
 	}
 	if d.group != "" {
 		err = errors.Join(err, d.c.leave(d.group))

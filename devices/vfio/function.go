@@ -439,11 +439,20 @@ func (f *Function) Close() error {
 		}
 		b.maps = nil
 	}
-	if f.msix != nil {
-		errs = append(errs, f.msix.Close())
+	if f.c != nil {
+		errs = append(errs, f.setCommand(commandMemory))
 	}
-	if f.msi != nil {
-		errs = append(errs, f.msi.close())
-	}
-	return errors.Join(append(errs, f.hw.Close())...)
+	closed := make(chan error) // while the kernel waits for the reset
+	go func() {
+		var err error
+		if f.msix != nil {
+			err = f.msix.Close()
+		}
+		if f.msi != nil {
+			err = errors.Join(err, f.msi.close())
+		}
+		closed <- err
+	}()
+	errs = append(errs, f.hw.Close())
+	return errors.Join(append(errs, <-closed)...)
 }

@@ -17,8 +17,8 @@ func TestCycles(t *testing.T) {
 	if os.Getenv("BATON_LONG") != "" {
 		n = 100 // on each machine
 	}
-	each(t, func(t *testing.T, machine string) {
-		v := start(t, []string{"-machine", machine})
+	each(t, func(t *testing.T, s setup) {
+		v := s.start(t, nil)
 		v.up()
 		addAddr(t)
 		ping := exec.Command("ping", "-n", "-i", "0.02", guestAddr)
@@ -29,7 +29,7 @@ func TestCycles(t *testing.T) {
 
 		var use []way
 		for _, w := range ways {
-			if w.machine == machine && w.most < 10*time.Second || n > 10 && w.machine == machine {
+			if w.machine == s.machine && w.most < 10*time.Second || n > 10 && w.machine == s.machine {
 				use = append(use, w)
 			}
 		}

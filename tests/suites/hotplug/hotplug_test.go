@@ -37,13 +37,7 @@ type vm struct {
 	q *harness.QMP
 }
 
-// start boots a guest of the newer Linux; options are added to the command line, words to the
-// kernel's. It returns as soon as baton listens.
-func start(t *testing.T, options []string, words ...string) *vm {
-	t.Helper()
-	return startLinux(t, append(harness.Linux(t, words...), options...))
-}
-
+// startLinux boots a guest with these options. It returns as soon as baton listens.
 func startLinux(t *testing.T, args []string) *vm {
 	t.Helper()
 	harness.QuietKernel(t)
@@ -164,11 +158,11 @@ type way struct {
 }
 
 var ways = []way{
-	{"ACPI", "r1", "cooperative", false, "q35", 5 * time.Second},
-	{"ACPI, surprise", "r2", "surprise", true, "q35", 5 * time.Second},
-	{"native, button", "r1", "cooperative", false, "q35,native-hotplug=on", 15 * time.Second},
-	{"native, no button", "r3", "cooperative", true, "q35,native-hotplug=on", 5 * time.Second},
-	{"native, surprise", "r2", "surprise", true, "q35,native-hotplug=on", 5 * time.Second},
+	{"ACPI", "r1", "cooperative", false, acpi, 5 * time.Second},
+	{"ACPI, surprise", "r2", "surprise", true, acpi, 5 * time.Second},
+	{"native, button", "r1", "cooperative", false, native, 15 * time.Second},
+	{"native, no button", "r3", "cooperative", true, native, 5 * time.Second},
+	{"native, surprise", "r2", "surprise", true, native, 5 * time.Second},
 }
 
 // TestWays plugs a disk and a NIC and unplugs them under traffic, by every way, twice.
@@ -176,7 +170,7 @@ func TestWays(t *testing.T)   { testWays(t, func(t *testing.T) []string { return
 func TestWays61(t *testing.T) { testWays(t, func(t *testing.T) []string { return harness.Linux61(t) }) }
 
 func testWays(t *testing.T, linux func(*testing.T) []string) {
-	for _, machine := range []string{"q35", "q35,native-hotplug=on"} {
+	for _, machine := range []string{acpi, native} {
 		t.Run(machine, func(t *testing.T) {
 			v := startLinux(t, append(linux(t), "-machine", machine))
 			v.up()

@@ -1,6 +1,7 @@
 package hotplug
 
 import (
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -8,19 +9,42 @@ import (
 	"baton/tests/harness"
 )
 
-var machines = []string{"q35", "q35,native-hotplug=on"}
+const (
+	acpi   = "q35"
+	native = "q35,native-hotplug=on"
+)
 
-func each(t *testing.T, f func(t *testing.T, machine string)) {
-	for _, m := range machines {
-		t.Run(m, func(t *testing.T) { f(t, m) })
+// A setup is the machine and the Linux of a test.
+type setup struct {
+	machine string
+	linux   func(t testing.TB, words ...string) []string
+}
+
+// each runs a test on both machines, or those named; with BATON_LONG with the older Linux, too.
+func each(t *testing.T, f func(t *testing.T, s setup), machines ...string) {
+	if machines == nil {
+		machines = []string{acpi, native}
 	}
+	for _, m := range machines {
+		t.Run(m, func(t *testing.T) { f(t, setup{m, harness.Linux}) })
+		if os.Getenv("BATON_LONG") != "" {
+			t.Run(m+", Linux 6.1", func(t *testing.T) { f(t, setup{m, harness.Linux61}) })
+		}
+	}
+}
+
+// start boots a guest; options are added to the command line, words to the kernel's. It returns
+// as soon as baton listens.
+func (s setup) start(t *testing.T, options []string, words ...string) *vm {
+	t.Helper()
+	return startLinux(t, append(append(s.linux(t, words...), "-machine", s.machine), options...))
 }
 
 // Plugged before the first instruction, before Linux looks for devices, while it does and
 // afterwards: everything is there in the end, and can go.
 func TestPlugDuringBoot(t *testing.T) {
-	each(t, func(t *testing.T, machine string) {
-		v := start(t, []string{"-machine", machine, "-S",
+	each(t, func(t *testing.T, s setup) {
+		v := s.start(t, []string{"-S",
 			"-device", "pcie-root-port,id=r4,chassis=4,attention-button=off", "-device", "pcie-root-port,id=r5,chassis=5"}, "ignore_loglevel")
 		rng := func(bus string) {
 			t.Helper()
@@ -54,8 +78,8 @@ func TestPlugDuringBoot(t *testing.T) {
 
 // A reset keeps what was plugged, and ends what was being unplugged.
 func TestReboot(t *testing.T) {
-	each(t, func(t *testing.T, machine string) {
-		v := start(t, []string{"-machine", machine})
+	each(t, func(t *testing.T, s setup) {
+		v := s.start(t, nil)
 		v.up()
 		v.plugDisk("r1")
 		v.plugNIC("r2")
@@ -93,56 +117,56 @@ func TestReboot(t *testing.T) {
 
 // A guest that does not listen is waited for until the deadline.
 func TestDeaf(t *testing.T) {
-	for machine, word := range map[string]string{"q35": "acpiphp.disable=1", "q35,native-hotplug=on": "pcie_ports=compat"} {
-		t.Run(machine, func(t *testing.T) {
-			v := start(t, []string{"-machine", machine}, word)
-			v.up()
-			v.q.Do("device_add", map[string]any{"driver": "virtio-blk-pci", "id": "disk0", "drive": "d", "bus": "r1"})
-			v.sh("echo 1 >/sys/bus/pci/rescan; until [ -b /dev/vda ]; do sleep 0.02; done; dd if=/dev/vda of=/dev/null bs=64k count=16")
-			if s := v.slot("r1"); s != "present" {
-				t.Errorf("slot is %s once the guest has found the device by itself", s)
-			}
-			v.q.Do("device_del", map[string]any{"id": "disk0", "deadline": 1500})
-			data := v.end("DEVICE_UNPLUG_GUEST_ERROR")
-			if data.Device != "disk0" || data.Bus != "r1" || !strings.Contains(data.Reason, "within 1.5s") || data.Slot != "busy" && data.Slot != "present" {
-				t.Errorf("DEVICE_UNPLUG_GUEST_ERROR %+v", data)
-			}
-			v.sh("dd if=/dev/vda of=/dev/null bs=64k count=16")
-			v.unplug("disk0", "surprise")
-			if s := v.slot("r1"); s != "draining" {
-				t.Errorf("slot is %s while the guest does not know", s)
-			}
-			v.sh("echo 1 >$(readlink -f /sys/block/vda/device/..)/remove; while [ -e /sys/block/vda ]; do sleep 0.02; done")
-			v.healthy()
-		})
-	}
+	each(t, func(t *testing.T, s setup) {
+		v := s.start(t, nil, map[string]string{acpi: "acpiphp.disable=1", native: "pcie_ports=compat"}[s.machine])
+		v.up()
+		v.q.Do("device_add", map[string]any{"driver": "virtio-blk-pci", "id": "disk0", "drive": "d", "bus": "r1"})
+		v.sh("echo 1 >/sys/bus/pci/rescan; until [ -b /dev/vda ]; do sleep 0.02; done; dd if=/dev/vda of=/dev/null bs=64k count=16")
+		if s := v.slot("r1"); s != "present" {
+			t.Errorf("slot is %s once the guest has found the device by itself", s)
+		}
+		v.q.Do("device_del", map[string]any{"id": "disk0", "deadline": 1500})
+		data := v.end("DEVICE_UNPLUG_GUEST_ERROR")
+		if data.Device != "disk0" || data.Bus != "r1" || !strings.Contains(data.Reason, "within 1.5s") || data.Slot != "busy" && data.Slot != "present" {
+			t.Errorf("DEVICE_UNPLUG_GUEST_ERROR %+v", data)
+		}
+		v.sh("dd if=/dev/vda of=/dev/null bs=64k count=16")
+		v.unplug("disk0", "surprise")
+		if s := v.slot("r1"); s != "draining" {
+			t.Errorf("slot is %s while the guest does not know", s)
+		}
+		v.sh("echo 1 >$(readlink -f /sys/block/vda/device/..)/remove; while [ -e /sys/block/vda ]; do sleep 0.02; done")
+		v.healthy()
+	})
 }
 
 // A guest that is paused is asked once it runs.
 func TestPaused(t *testing.T) {
-	v := start(t, nil)
-	v.up()
-	v.plugDisk("r1")
-	v.q.Do("stop", nil)
-	v.q.Do("device_del", map[string]any{"id": "disk0"})
-	if s := v.slot("r1"); s != "requested" {
-		t.Errorf("slot is %s", s)
-	}
-	v.q.Do("cont", nil)
-	v.end("DEVICE_DELETED")
+	each(t, func(t *testing.T, s setup) {
+		v := s.start(t, nil)
+		v.up()
+		v.plugDisk("r1")
+		v.q.Do("stop", nil)
+		v.q.Do("device_del", map[string]any{"id": "disk0"})
+		if s := v.slot("r1"); s != "requested" {
+			t.Errorf("slot is %s", s)
+		}
+		v.q.Do("cont", nil)
+		v.end("DEVICE_DELETED")
 
-	v.read(v.plugDisk("r1"), way{told: true})
-	v.q.Do("stop", nil)
-	v.unplug("disk0", "surprise")
-	v.q.Do("cont", nil)
-	v.gone(way{bus: "r1"}, "[ -e /sys/block/vda ]")
-	v.healthy()
+		v.read(v.plugDisk("r1"), way{told: true})
+		v.q.Do("stop", nil)
+		v.unplug("disk0", "surprise")
+		v.q.Do("cont", nil)
+		v.gone(way{bus: "r1"}, "[ -e /sys/block/vda ]")
+		v.healthy()
+	})
 }
 
 // A guest unplugs by itself, by the slot's file; one that only forgets a device has not ejected it.
 func TestGuestEjects(t *testing.T) {
-	each(t, func(t *testing.T, machine string) {
-		v := start(t, []string{"-machine", machine})
+	each(t, func(t *testing.T, s setup) {
+		v := s.start(t, nil)
 		v.up()
 		v.plugDisk("r1")
 		v.sh("echo 0 >/sys/bus/pci/slots/1/power")
@@ -162,29 +186,31 @@ func TestGuestEjects(t *testing.T) {
 
 // While the indicator blinks, nobody presses.
 func TestBlinks(t *testing.T) {
-	v := start(t, []string{"-machine", "q35,native-hotplug=on"})
-	v.up()
-	for range 3 {
-		v.q.Do("device_add", map[string]any{"driver": "virtio-blk-pci", "id": "disk0", "drive": "d", "bus": "r1"})
-		t.Logf("plugged and asked at once: %v", v.unplug("disk0", "cooperative"))
-	}
-	v.plugDisk("r1")
-	v.q.Do("device_del", map[string]any{"id": "disk0", "deadline": 2000}) // within the 5 s of the button
-	if _, err := v.q.Execute("device_del", map[string]any{"id": "disk0"}); err == nil || !strings.Contains(err.Error(), "Device disk0 is already in the process of unplug") {
-		t.Errorf("a second device_del: %v", err)
-	}
-	data := v.end("DEVICE_UNPLUG_GUEST_ERROR")
-	if data.Slot != "busy" {
-		t.Errorf("%+v", data)
-	}
-	s, since := "", time.Now() // the second press has cancelled the first one
-	for s != "present" && time.Since(since) < limit {
-		s = v.slot("r1")
-	}
-	if s != "present" {
-		t.Fatalf("slot is %s", s)
-	}
-	v.sh("dd if=/dev/vda of=/dev/null bs=64k count=16")
-	v.unplug("disk0", "cooperative")
-	v.healthy()
+	each(t, func(t *testing.T, s setup) {
+		v := s.start(t, nil)
+		v.up()
+		for range 3 {
+			v.q.Do("device_add", map[string]any{"driver": "virtio-blk-pci", "id": "disk0", "drive": "d", "bus": "r1"})
+			t.Logf("plugged and asked at once: %v", v.unplug("disk0", "cooperative"))
+		}
+		v.plugDisk("r1")
+		v.q.Do("device_del", map[string]any{"id": "disk0", "deadline": 2000}) // within the 5 s of the button
+		if _, err := v.q.Execute("device_del", map[string]any{"id": "disk0"}); err == nil || !strings.Contains(err.Error(), "Device disk0 is already in the process of unplug") {
+			t.Errorf("a second device_del: %v", err)
+		}
+		data := v.end("DEVICE_UNPLUG_GUEST_ERROR")
+		if data.Slot != "busy" {
+			t.Errorf("%+v", data)
+		}
+		state, since := "", time.Now() // the second press has cancelled the first one
+		for state != "present" && time.Since(since) < limit {
+			state = v.slot("r1")
+		}
+		if state != "present" {
+			t.Fatalf("slot is %s", state)
+		}
+		v.sh("dd if=/dev/vda of=/dev/null bs=64k count=16")
+		v.unplug("disk0", "cooperative")
+		v.healthy()
+	}, native)
 }

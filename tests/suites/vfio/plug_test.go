@@ -27,7 +27,7 @@ func cycles() int {
 }
 
 // TestPlug takes a VF in and out of a running guest in each way, then many times; the last
-// time it is left there.
+// time it is left there, for the guest to find it again after a reboot.
 func TestPlug(t *testing.T) {
 	for _, c := range []struct {
 		name, machine string
@@ -86,7 +86,8 @@ func testPlug(t *testing.T, machine string, linux []string) {
 		t.Error(leak)
 	}
 	p.add()
-	t.Run("traffic at the end", n.traffic)
+	t.Run("reboot", func(t *testing.T) { reboot(t, g) })
+	t.Run("traffic after the reboot", n.traffic)
 	n.powerOff(t)
 	if d := vf.Driver(); d != was {
 		t.Errorf("driver %q after the end, was %q", d, was)
