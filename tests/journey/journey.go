@@ -15,6 +15,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -359,14 +360,34 @@ func (w *World) Travel(ctx context.Context, way Way, from, to *Machine) *Trip {
 	return t
 }
 
-// String is the trip in one line.
+// String is the trip in some lines.
 func (t *Trip) String() string {
 	var phases []string
-	for _, p := range t.Phases {
-		phases = append(phases, fmt.Sprintf("%s %.0f ms", p.Name, 1000*(p.To-p.From)))
+	begin := 0.0
+	for i, p := range t.Phases {
+		if i == 0 {
+			begin = p.From
+		}
+		phases = append(phases, fmt.Sprintf("%s %.0f ms at %.2f s", p.Name, 1000*(p.To-p.From), p.From-begin))
 	}
-	return fmt.Sprintf("%s: %s; %s; primary after %.0f ms; ping %v; to the guest %+v; from the guest %+v; TCP %+v",
-		t.Way, t.Status, strings.Join(phases, ", "), 1000*t.Plugged, t.Pings, t.In, t.Out, t.TCP)
+	return fmt.Sprintf("%s: %s; %s; primary after %.0f ms;\nping %v%s;\nto the guest %+v; from the guest %+v; TCP %+v",
+		t.Way, t.Status, strings.Join(phases, ", "), 1000*t.Plugged, t.Pings, t.lost(begin), t.In, t.Out, t.TCP)
+}
+
+// lost says which pings were, in seconds after begin.
+func (t *Trip) lost(begin float64) string {
+	var b strings.Builder
+	for i := 0; i < len(t.PingSeries); {
+		n := i
+		for n < len(t.PingSeries) && math.IsNaN(t.PingSeries[n].Value) {
+			n++
+		}
+		if n > i {
+			fmt.Fprintf(&b, ", %d at %.2f s", n-i, t.PingSeries[i].Time-begin)
+		}
+		i = n + 1
+	}
+	return b.String()
 }
 
 // Recorder records all events of a QMP monitor.
