@@ -32,8 +32,8 @@ type Config struct {
 	MAC net.HardwareAddr // the guest's
 	TAP string           // interface of the standby
 	// Script, if there is one, is run instead of anything that this package would do. Its
-	// argument is the step; its environment has BATON_MAC, BATON_TAP, BATON_PF and BATON_VF,
-	// the latter two empty for a primary that is no VF.
+	// argument is the step; its environment has that as BATON_STEP, and BATON_MAC, BATON_TAP,
+	// BATON_PF and BATON_VF, the latter two empty for a primary that is no VF.
 	Script string
 	Off    bool // do nothing
 }
@@ -95,7 +95,7 @@ func (s *Steerer) run(ctx context.Context, step Step, vf VF) error {
 	if vf.PF != "" {
 		index = strconv.Itoa(vf.Index)
 	}
-	cmd.Env = append(os.Environ(), "BATON_MAC="+s.c.MAC.String(), "BATON_TAP="+s.c.TAP, "BATON_PF="+vf.PF, "BATON_VF="+index)
+	cmd.Env = append(os.Environ(), "BATON_STEP="+string(step), "BATON_MAC="+s.c.MAC.String(), "BATON_TAP="+s.c.TAP, "BATON_PF="+vf.PF, "BATON_VF="+index)
 	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
 	if err := cmd.Run(); err != nil {
 		return fmt.Errorf("script %s: %w", s.c.Script, err)

@@ -141,7 +141,7 @@ func TestRefused(t *testing.T) {
 func TestScript(t *testing.T) {
 	dir := t.TempDir()
 	script, out := filepath.Join(dir, "steer"), filepath.Join(dir, "out")
-	text := fmt.Sprintf("#!/bin/sh\necho $1 $BATON_MAC $BATON_TAP $BATON_PF $BATON_VF >> %s\n[ $1 != mac ]\n", out)
+	text := fmt.Sprintf("#!/bin/sh\necho $BATON_STEP $BATON_MAC $BATON_TAP $BATON_PF $BATON_VF >> %s\n[ $1 != mac ]\n", out)
 	if err := os.WriteFile(script, []byte(text), 0o755); err != nil {
 		t.Fatal(err)
 	}
