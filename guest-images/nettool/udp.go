@@ -2,9 +2,13 @@ package nettool
 
 import (
 	"encoding/binary"
+	"errors"
 	"net"
 	"sync"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Datagrams is a stream of numbered datagrams to somebody who does the same, and what became
@@ -45,6 +49,10 @@ func StartDatagrams(local, to string, rate int) (*Datagrams, error) {
 	}
 	conn, err := net.ListenUDP("udp", from)
 	if err != nil {
+		return nil, err
+	}
+	if err := roomy(conn); err != nil {
+		conn.Close()
 		return nil, err
 	}
 	d := &Datagrams{conn: conn, stop: make(chan struct{}), seen: map[uint64]int{}}
@@ -131,4 +139,17 @@ func (d *Datagrams) Stop() DatagramResult {
 	d.conn.Close()
 	d.done.Wait()
 	return d.Result()
+}
+
+// roomy has a socket keep what comes while nobody has time to read it: some MiB, as root may.
+func roomy(conn syscall.Conn) error {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	cerr := raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 8<<20) })
+	if err == unix.EPERM { // a test that is not root's
+		err = nil
+	}
+	return errors.Join(cerr, err)
 }

@@ -58,6 +58,7 @@ func (p *Peer) Pinger(addr string, interval time.Duration) *Pinger {
 	p.t.Helper()
 	var conn net.Conn
 	must(p.t, "ping "+addr, p.Do(func() (err error) { conn, err = net.Dial("ip4:icmp", addr); return err }))
+	must(p.t, "ping "+addr, roomy(conn.(*net.IPConn)))
 	return newPinger(p.t, conn.(*net.IPConn), interval)
 }
 
@@ -72,13 +73,18 @@ func newPinger(t testing.TB, conn *net.IPConn, interval time.Duration) *Pinger {
 // pingID marks the requests as ours: identifier of RFC 792, and the beginning of the data.
 const pingID = 0xba70
 
+// pingBurst is how many requests leave at once at most.
+const pingBurst = 8
+
 func (p *Pinger) send(interval time.Duration) {
 	ticks := time.NewTicker(interval)
 	defer ticks.Stop()
-	start := time.Now()
-	for {
-		// The number of requests follows the clock: a ticker drops ticks on a busy host.
-		for range max(0, int(time.Since(start)/interval)-p.count()) {
+	for due, last := interval, time.Now(); ; {
+		// The number of requests follows the clock: a ticker drops ticks on a busy host. But one that
+		// stood still does not catch up, which would be a flood.
+		now := time.Now()
+		due, last = due+min(now.Sub(last), pingBurst*interval), now
+		for ; due >= interval; due -= interval {
 			p.mu.Lock()
 			n := len(p.sent)
 			p.sent, p.heard = append(p.sent, time.Now()), append(p.heard, time.Time{})
@@ -102,12 +108,6 @@ func (p *Pinger) send(interval time.Duration) {
 			return
 		}
 	}
-}
-
-func (p *Pinger) count() int {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return len(p.sent)
 }
 
 func (p *Pinger) receive() {
