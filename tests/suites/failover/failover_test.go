@@ -5,6 +5,7 @@ package failover
 import (
 	"encoding/json"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -23,6 +24,14 @@ const (
 	world = "10.99.0.2" // the peer
 	guest = "10.99.0.3"
 )
+
+// long is for a test that make test has no time for.
+func long(t *testing.T) {
+	t.Helper()
+	if os.Getenv("BATON_LONG") == "" {
+		t.Skip("takes minutes: with BATON_LONG=1, as in make test-long")
+	}
+}
 
 // pairArgs are the options of a machine with a pair; primary is what -device takes, without
 // its pair id.

@@ -40,6 +40,9 @@ func TestMigrate(t *testing.T) {
 		{Name: "Linux 6.1", Kernel: harness.Linux61},
 	} {
 		t.Run(way.Name, func(t *testing.T) {
+			if way.Name != "auto" {
+				long(t)
+			}
 			if way.Kernel != nil {
 				way.Kernel(t) // or skip
 			}
@@ -62,6 +65,7 @@ func TestMigrate(t *testing.T) {
 
 // TestOneSided goes from a host with a primary to one without, and back.
 func TestOneSided(t *testing.T) {
+	long(t)
 	way := journey.Way{Name: "one side", Primary: [2]string{"", "none"}}
 	ctx := harness.Context(t, 3*time.Minute)
 	w := journey.NewWorld(t)
@@ -98,13 +102,11 @@ func TestNIC(t *testing.T) {
 	}
 }
 
-// TestToAndFro does it again and again; the long form 50 times.
+// TestToAndFro does it again and again.
 func TestToAndFro(t *testing.T) {
-	n, rate := 4, 0
-	if os.Getenv("BATON_LONG") != "" {
-		n, rate = 50, 2000
-	}
-	way := journey.Way{Name: "to and fro", Rate: rate}
+	long(t)
+	const n = 50
+	way := journey.Way{Name: "to and fro", Rate: 2000}
 	ctx := harness.Context(t, time.Duration(n+3)*30*time.Second)
 	w := journey.NewWorld(t)
 	there := w.Boot(ctx, way)
@@ -131,6 +133,7 @@ func answers(ctx context.Context, t *testing.T, w *journey.World, m *journey.Mac
 // TestRollback has migrations come to nothing: the guest goes on with its primary, and a second
 // try succeeds.
 func TestRollback(t *testing.T) {
+	long(t)
 	way := journey.Way{Name: "rollback"}
 	ctx := harness.Context(t, 4*time.Minute)
 	w := journey.NewWorld(t)
