@@ -8,8 +8,10 @@
 //
 // The PF hands a frame to the VF that has its MAC as soon as its administrator says so, whether
 // a driver serves the VF or not. While a guest lets go of a VF, or takes one, the PF has a
-// filter for the MAC as well ([Steerer.Both]): frames then go both ways, and what the one way
-// loses waits on the other.
+// filter for the MAC as well ([Both]): frames then go both ways, and what the one way loses waits
+// on the other. It keeps that while the VF is without the MAC: that a PF is promiscuous, as a
+// port of a bridge is, does not mean that it gets what no VF wants, as long as one of them, pulled
+// from a guest that could not stop it, listens to more than its MAC.
 package steer
 
 import (
@@ -122,7 +124,7 @@ func (s *Steerer) netlink(step Step, vf VF) error {
 	case Primary:
 		return errors.Join(vf.setMAC(s.c.MAC), s.entry(vf.PF), s.filter(""), s.announce(vf.PF))
 	case Standby:
-		return errors.Join(s.entry(s.c.TAP), vf.setMAC(noMAC), s.filter(""))
+		return errors.Join(s.entry(s.c.TAP), vf.setMAC(noMAC), s.filter(vf.PF))
 	}
 	return errors.Join(s.entry(""), s.filter(""))
 }

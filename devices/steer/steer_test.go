@@ -130,7 +130,7 @@ func TestRefused(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "steer 52:54:00:01:02:03 to standby: give VF 3 of pf0 the MAC 00:00:00:00:00:00: ") {
 		t.Error(err)
 	}
-	if got := where(t); got != "tap0 entry" {
+	if got := where(t); got != "tap0 entry, pf0 filter" {
 		t.Error(got)
 	}
 	if err := s.Do(t.Context(), Both, VF{PF: "nosuch"}); err == nil {
