@@ -170,6 +170,13 @@ func (m *Machine) leavePair(id string) {
 	default: // it stays hidden, for a standby that may come
 		p.Negotiated(false)
 	}
+	if p != nil && p.carrier != nil { // there is nothing to steer any more
+		if p.device != nil {
+			p.device.watch.carrier.Store(nil)
+		}
+		p.carrier.gone()
+		p.carrier = nil
+	}
 }
 
 // forget makes the pair one without a primary.
