@@ -60,7 +60,14 @@ func NewNICPeer(t testing.TB, cidr string) (peer *Peer, nic PF) {
 	dev, err := filepath.EvalSymlinks("/sys/class/net/" + nic.Name + "/device")
 	must(t, "e1000e", err)
 	nic.PCI = filepath.Base(dev)
-	return newPeer(t, pfs[1].Name, pfs[0].Name, cidr), nic
+	// The e1000e, when it comes back to its driver, takes the first name that is free.
+	const name = "peer-nic"
+	if pfs[1].Name != name {
+		l := link(t, pfs[1].Name)
+		must(t, "rename "+pfs[1].Name, netlink.LinkSetDown(l))
+		must(t, "rename "+pfs[1].Name, netlink.LinkSetName(l, name))
+	}
+	return newPeer(t, name, pfs[0].Name, cidr), nic
 }
 
 func newPeer(t testing.TB, name, uplink, cidr string) *Peer {

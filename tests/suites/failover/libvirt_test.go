@@ -19,6 +19,7 @@ import (
 // hostdev_interface and hostdev_device, two spellings of the domain's XML, are one thing here,
 // and so are save and managedsave. Their with_postcopy has none here: baton has no post-copy.
 func TestLibvirt(t *testing.T) {
+	long(t)
 	way := journey.Way{Name: "libvirt"}
 	ctx := harness.Context(t, 5*time.Minute)
 	w := journey.NewWorld(t)

@@ -16,12 +16,18 @@ import (
 // moved checks what became of a guest that had, or got, a primary.
 func moved(t *testing.T, trip *journey.Trip) {
 	t.Helper()
+	movedBy(t, trip, 20)
+}
+
+// movedBy is moved, for one in so many pings that may be lost.
+func movedBy(t *testing.T, trip *journey.Trip, pings int) {
+	t.Helper()
 	t.Log(trip)
 	if trip.Status != "completed" {
 		t.Fatalf("the migration %s: %s", trip.Status, trip.Query)
 	}
 	// What is lost is what came while the guest's driver let go, and while it began.
-	if trip.Pings.Lost > trip.Pings.Sent/20 {
+	if trip.Pings.Lost > trip.Pings.Sent/pings {
 		t.Errorf("%v", trip.Pings)
 	}
 	if trip.TCP.Err != nil {
@@ -82,6 +88,7 @@ func TestOneSided(t *testing.T) {
 // TestNIC has a whole NIC as the primary, which no PF steers: away and back on its host, then to
 // a host without one, and back.
 func TestNIC(t *testing.T) {
+	long(t)
 	ctx := harness.Context(t, 4*time.Minute)
 	w, primary := journey.NewNICWorld(t)
 	way := journey.Way{Name: "e1000e", Primary: [2]string{primary, "none"}, Driver: "e1000e"}
@@ -95,7 +102,7 @@ func TestNIC(t *testing.T) {
 	}
 	for range 2 {
 		to := w.Start(ctx, way, 1-there.Host, true)
-		moved(t, w.Travel(ctx, way, there, to))
+		movedBy(t, w.Travel(ctx, way, there, to), 10) // its link takes half a second to come up
 		there.QMP.Do("quit", nil)
 		there.Wait(ctx)
 		there = to
