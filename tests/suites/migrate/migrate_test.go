@@ -111,6 +111,12 @@ func (w *world) start(host int, boot ...string) *machine {
 		"-drive", "file="+w.disk+",format=raw,if=none,id=d0", "-device", "virtio-blk-pci,id=disk0,drive=d0,bus=rp1,serial=SHARED",
 		"-device", "virtio-rng-pci,bus=rp2")})
 	m.qmp = harness.DialQMP(w.t, harness.Context(w.t, lifeLimit), m.socket)
+	w.t.Cleanup(func() { // where a guest is that does not answer
+		if w.t.Failed() {
+			out, err := m.qmp.Execute("human-monitor-command", map[string]any{"command-line": "info registers"})
+			w.t.Logf("%s: %s %v", m.Name(), out, err)
+		}
+	})
 	m.qmp.Do("migrate-set-capabilities", map[string]any{"capabilities": []any{map[string]any{"capability": "events", "state": true}}})
 	// The nested host stands still for seconds when the machine below has other things to do.
 	m.qmp.Do("migrate-set-parameters", map[string]any{"stall-timeout": 60000})
