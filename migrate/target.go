@@ -61,11 +61,12 @@ type incoming struct {
 	mu       sync.Mutex
 	channels []*wire.Conn // guarded by mu
 	rounds   barrier
-	frames   chan any  // what is not RAM, from the reader of main
-	end      *wire.End // when it has come
-	stopped  time.Time // when the guest was stopped, as end says
-	began    bool      // RAM may have been written
-	loaded   bool      // the source may commit: it has to know what becomes of that
+	reading  sync.WaitGroup // reads main, if answers go back
+	frames   chan any       // what is not RAM, from the reader of main
+	end      *wire.End      // when it has come
+	stopped  time.Time      // when the guest was stopped, as end says
+	began    bool           // RAM may have been written
+	loaded   bool           // the source may commit: it has to know what becomes of that
 }
 
 // NewTarget prepares it. It fails on parameters that cannot be.
@@ -382,7 +383,8 @@ func (t *Target) take(in *incoming) error {
 	in.ctx, in.cancel = context.WithCancelCause(t.ctx)
 	defer in.cancel(nil)
 	defer in.close()
-	stop := context.AfterFunc(in.ctx, in.interrupt)
+	interrupted := make(chan struct{})
+	stop := context.AfterFunc(in.ctx, func() { in.interrupt(); close(interrupted) })
 	defer stop()
 	in.joins, in.frames = make(chan *wire.Conn, 256), make(chan any)
 	t.mu.Lock()
@@ -409,7 +411,11 @@ func (t *Target) take(in *incoming) error {
 	for _, undo := range slices.Backward(undos) {
 		undo()
 	}
-	stop()
+	if !in.stream.OneWay { // what is to say is said when nobody else reads
+		in.cancel(err)
+		<-interrupted
+		in.reading.Wait()
+	}
 	switch {
 	case in.stream.OneWay:
 	case in.aborted():
@@ -431,7 +437,7 @@ func (t *Target) reserve(in *incoming) (undos []func(), err error) {
 	}
 	in.rounds.init(in.hello.Channels + 1)
 	if !in.stream.OneWay {
-		go t.readMain(in)
+		in.reading.Go(func() { t.readMain(in) })
 		undos = append(undos, func() {
 			if err := t.m.ReleaseLocks(); err != nil {
 				t.log("give the disks up: %v", err)
