@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -52,12 +53,13 @@ type linux struct {
 	guest      *harness.Guest
 	started    time.Duration // until its userspace ran
 	host, addr string        // of the NIC: IPv4 addresses of the host and of the guest
-	ctx        context.Context
+	nettool    string
 }
 
 // startLinux starts the guest of the contender that has that number.
 func startLinux(t *testing.T, c contender, n int) *linux {
-	l := &linux{contender: c, host: fmt.Sprintf("10.77.%d.1", n), addr: fmt.Sprintf("10.77.%d.2", n), ctx: harness.Context(t, 5*time.Minute)}
+	l := &linux{contender: c, host: fmt.Sprintf("10.77.%d.1", n), addr: fmt.Sprintf("10.77.%d.2", n), nettool: nettool(t)}
+	ctx := harness.Context(t, 2*time.Minute)
 	tap, mac := fmt.Sprintf("bench%d", n), fmt.Sprintf("02:00:00:00:77:%02x", n+2)
 	harness.Tap(t, tap, 1)
 	harness.Addr(t, tap, l.host+"/24")
@@ -67,51 +69,97 @@ func startLinux(t *testing.T, c contender, n int) *linux {
 		"-drive", "file="+tmpfsDisk(t)+",format=raw,if=none,id=d0,cache=writeback", "-device", "virtio-blk-pci,drive=d0",
 		"-netdev", "tap,id=n0,ifname="+tap+",script=no,downscript=no,vhost=on", "-device", "virtio-net-pci,netdev=n0,mac="+mac,
 	)})
-	l.guest.WaitSerial(l.ctx, "^BATON-READY")
+	l.guest.WaitSerial(ctx, "^BATON-READY")
 	l.started = time.Since(l.guest.Started())
-	l.guest.Output(l.ctx, "@addr", mac, l.addr+"/24")
-	l.guest.Output(l.ctx, "@tcp-serve", l.addr+":5001")
+	l.guest.Output(ctx, "@addr", mac, l.addr+"/24")
+	l.guest.Output(ctx, "@tcp-serve", l.addr+":5001")
 	startServer(t, l.host)
 	return l
 }
 
+// A recorder takes what was measured.
+type recorder func(name, unit string, goal target, value float64)
+
 // takeTurns measures a guest of each VMM; both are there, so that nothing but the VMM changes
-// from one turn to the next. The first turns are to warm up.
-func takeTurns(t *testing.T, measure func(*testing.T, *linux, func(name, unit string, goal target, value float64))) {
-	scrub(t)
-	var guests []*linux
-	for n, c := range contenders(t, "host") {
-		guests = append(guests, startLinux(t, c, n))
-	}
-	for turn := range 2*runs + 1 {
-		for _, l := range guests {
-			measure(t, l, func(name, unit string, goal target, value float64) {
-				if turn > 0 {
-					record(t, l.contender, name, unit, goal, value)
+// from one turn to the next. The first turns are to warm up. A guest that falls silent, which
+// those of either VMM do now and then on an emulated host, is noted, and both start again.
+func takeTurns(t *testing.T, measure func(context.Context, *linux, recorder) error) {
+	const maxLost = 3
+	for turn, lost := 0, 0; turn < 2*runs && !t.Failed(); {
+		t.Run(fmt.Sprintf("guests %d", lost+1), func(t *testing.T) {
+			scrub(t)
+			var guests []*linux
+			for n, c := range contenders(t, "host") {
+				guests = append(guests, startLinux(t, c, n))
+			}
+			for warm := false; turn < 2*runs; warm = true {
+				var values []func()
+				for _, l := range guests {
+					err := measure(harness.Context(t, 30*time.Second), l, func(name, unit string, goal target, value float64) {
+						values = append(values, func() { record(t, l.contender, name, unit, goal, value) })
+					})
+					if err == nil {
+						continue
+					}
+					if lost++; lost > maxLost {
+						t.Fatalf("%s: %v", l.name, err)
+					}
+					results.notef("a guest of %s fell silent, and both started again: %v", l.name, err)
+					return
 				}
-			})
-		}
-		guests[0], guests[1] = guests[1], guests[0]
+				if warm {
+					for _, v := range values {
+						v()
+					}
+					turn++
+				}
+				guests[0], guests[1] = guests[1], guests[0]
+			}
+		})
 	}
 }
 
-func measureDisk(t *testing.T, l *linux, record func(name, unit string, goal target, value float64)) {
+func measureDisk(ctx context.Context, l *linux, record recorder) error {
 	goal := target{MinRatio: 0.9}
-	record("disk, 4 KiB random reads", "IOPS", goal, readDisk(t, l, "4096", "random", 1).IOPS)
-	record("disk, 4 KiB random reads, 4 at once", "IOPS", goal, readDisk(t, l, "4096", "random", 4).IOPS)
-	record("disk, 1 MiB sequential reads", "MiB/s", goal, readDisk(t, l, "1048576", "seq", 1).MiBPS)
+	one, err := readDisk(ctx, l, "4096", "random", 1)
+	if err != nil {
+		return err
+	}
+	record("disk, 4 KiB random reads", "IOPS", goal, one.IOPS)
+	four, err := readDisk(ctx, l, "4096", "random", 4)
+	if err != nil {
+		return err
+	}
+	record("disk, 4 KiB random reads, 4 at once", "IOPS", goal, four.IOPS)
+	large, err := readDisk(ctx, l, "1048576", "seq", 1)
+	if err != nil {
+		return err
+	}
+	record("disk, 1 MiB sequential reads", "MiB/s", goal, large.MiBPS)
+	return nil
 }
 
-func measureTCP(t *testing.T, l *linux, record func(name, unit string, goal target, value float64)) {
+func measureTCP(ctx context.Context, l *linux, record recorder) error {
 	for _, streams := range []string{"1", "4"} {
-		to, err := exec.CommandContext(l.ctx, nettool(t), "send", l.addr+":5001", streams, "1").CombinedOutput()
+		to, err := exec.CommandContext(ctx, l.nettool, "send", l.addr+":5001", streams, "1").CombinedOutput()
 		if err != nil {
-			t.Fatalf("send to the guest: %v\n%s", err, to)
+			return fmt.Errorf("send to the guest: %w: %s", err, to)
 		}
-		record("TCP to the guest, streams: "+streams, "Mbit/s", target{MinRatio: 0.95}, throughput(t, string(to)))
-		from := l.guest.Output(l.ctx, "@tcp-send", l.host+":5001", streams, "1")
-		record("TCP from the guest, streams: "+streams, "Mbit/s", target{MinRatio: 0.95}, throughput(t, from))
+		mbit, err := throughput(string(to))
+		if err != nil {
+			return err
+		}
+		record("TCP to the guest, streams: "+streams, "Mbit/s", target{MinRatio: 0.95}, mbit)
+		from, err := l.guest.Run(ctx, "@tcp-send", l.host+":5001", streams, "1")
+		if err == nil {
+			mbit, err = throughput(from.Stdout)
+		}
+		if err != nil {
+			return fmt.Errorf("send from the guest: %w: %s", err, from.Stderr)
+		}
+		record("TCP from the guest, streams: "+streams, "Mbit/s", target{MinRatio: 0.95}, mbit)
 	}
+	return nil
 }
 
 // scrub overwrites the nested host's free memory. Its emulator keeps what it translated of the
@@ -166,12 +214,19 @@ func vmmMemory(t *testing.T, pid int) float64 {
 }
 
 // throughput returns what nettool measured, in Mbit/s.
-func throughput(t *testing.T, out string) float64 {
+func throughput(out string) (float64, error) {
 	var r struct {
 		MbitPS float64 `json:"mbit_s"`
 	}
-	decode(t, out, &r)
-	return r.MbitPS
+	err := json.Unmarshal([]byte(out), &r)
+	return r.MbitPS, err
+}
+
+func decode(t *testing.T, text string, v any) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(text), v); err != nil {
+		t.Fatalf("%v in %q", err, text)
+	}
 }
 
 type diskResult struct {
@@ -180,7 +235,7 @@ type diskResult struct {
 }
 
 // readDisk lets that many readers in the guest read for a second, past its page cache.
-func readDisk(t *testing.T, l *linux, size, order string, readers int) (sum diskResult) {
+func readDisk(ctx context.Context, l *linux, size, order string, readers int) (sum diskResult, err error) {
 	type answer struct {
 		harness.Result
 		error
@@ -188,28 +243,21 @@ func readDisk(t *testing.T, l *linux, size, order string, readers int) (sum disk
 	answers := make(chan answer, readers)
 	for range readers {
 		go func() {
-			r, err := l.guest.Run(l.ctx, "@blkread", "/dev/vda", size, "0", order, "1")
+			r, err := l.guest.Run(ctx, "@blkread", "/dev/vda", size, "0", order, "1")
 			answers <- answer{r, err}
 		}()
 	}
 	for range readers {
 		a := <-answers
-		if a.error != nil {
-			t.Fatal(a.error)
-		}
 		var r diskResult
-		decode(t, a.Stdout, &r)
+		if a.error == nil {
+			a.error = json.Unmarshal([]byte(a.Stdout), &r)
+		}
+		err = errors.Join(err, a.error)
 		sum.IOPS += r.IOPS
 		sum.MiBPS += r.MiBPS
 	}
-	return sum
-}
-
-func decode(t *testing.T, text string, v any) {
-	t.Helper()
-	if err := json.Unmarshal([]byte(text), v); err != nil {
-		t.Fatalf("%v in %q", err, text)
-	}
+	return sum, err
 }
 
 // tmpfsDisk makes a disk image that no real disk stands behind.
