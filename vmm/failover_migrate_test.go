@@ -3,12 +3,15 @@ package vmm
 import (
 	"encoding/json"
 	"fmt"
+	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"baton/devices/steer"
 	virtionet "baton/devices/virtio/net"
 	"baton/vmm/failover"
 )
@@ -345,5 +348,36 @@ func TestRequiredPrimary(t *testing.T) {
 				t.Errorf("%+v", st)
 			}
 		})
+	}
+}
+
+// What reaches the source's TAP when the guest stands still there goes after it.
+func TestLateFrames(t *testing.T) {
+	s := negotiated(t)
+	d, uri := target(t, both("on")...)
+	tap := func(m *scripted) (name string) {
+		m.do(func() { name = m.cfg.Netdev("hs0").IfName })
+		if out, err := exec.Command("ip", "link", "set", name, "up").CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		return name
+	}
+	from := tap(s)
+	tap(d)
+	s.leaves(uri)
+	s.ejects(2)
+	s.reaches("pre-switchover", "failed")
+	frame := make([]byte, 12+60)
+	copy(frame[12:], "\x52\x54\x00\x22\x22\x22")
+	if sent, err := steer.Send(from, [][]byte{frame}); sent != 1 {
+		t.Fatal(err)
+	}
+	s.execute("migrate-continue", map[string]any{"state": "pre-switchover"})
+	s.reaches("completed", "failed")
+	held := regexp.MustCompile(`"point":"resume","to":"standby","outage-us":[1-9]\d*,"held":[1-9]`)
+	for begin := time.Now(); !held.MatchString(d.execute("query-failover", nil)); {
+		if time.Since(begin) > patience {
+			t.Fatalf("it has not arrived: %s", d.execute("query-failover", nil))
+		}
 	}
 }
