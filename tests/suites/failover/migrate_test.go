@@ -285,7 +285,13 @@ func TestSilent(t *testing.T) {
 	}
 	w := journey.NewWorld(t)
 	way := journey.Way{Name: "silent", Kernel: deaf, Unplug: "cooperative,failover-unplug-timeout=1000"}
-	from := w.Boot(ctx, way)
+	from := w.Start(ctx, way, 0, false)
+	from.Output(ctx, "@addr", "eth0", journey.GuestIP+"/24")
+	if err := from.Log.Wait(ctx, "FAILOVER_STATE", "plugging"); err != nil {
+		t.Fatal(err)
+	}
+	from.Sh(ctx, "echo 1 >/sys/bus/pci/rescan") // it has not heard of that, either
+	answers(ctx, t, w, from)
 	to := w.Start(ctx, way, 1, true)
 	seen := len(from.Log.Events())
 	from.QMP.Do("migrate", map[string]any{"uri": to.URI})
