@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"baton/devices/steer"
+	virtionet "baton/devices/virtio/net"
 	"baton/migrate"
 	"baton/migrate/wire"
 	"baton/vmm/failover"
@@ -174,6 +175,9 @@ func (m *Machine) takeLate() (list []migrate.Late) {
 	room := wire.MaxLate
 	for _, n := range m.networkCards() {
 		frames, dropped := n.TakeWaiting(room)
+		if more := len(frames) - virtionet.HoldFrames; more > 0 {
+			frames, dropped = frames[:virtionet.HoldFrames], dropped+more
+		}
 		for _, f := range frames {
 			room -= len(f)
 		}
