@@ -20,7 +20,7 @@
 //	releasing       locks given up: last moment to cancel
 //	committing    ── commit ────────────────────────────────>  committing: locks taken, Start
 //	              <────────────────────────────── committed ──  confirming, AfterResume
-//	completed     ── done ──────────────────────────────────>  completed
+//	completed     ── done, and what came too late ──────────>  completed
 //	              <──────────────────────────────────── done ──
 //
 // # Who owns the guest
