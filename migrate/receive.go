@@ -40,6 +40,14 @@ func (in *incoming) conns() []*wire.Conn {
 	return append([]*wire.Conn{in.main}, in.channels...)
 }
 
+// stood is for how long the guest has stood still; 0 for one that may have lain somewhere.
+func (in *incoming) stood() time.Duration {
+	if in.stream.OneWay {
+		return 0
+	}
+	return time.Since(in.stopped)
+}
+
 func (in *incoming) interrupt() {
 	for _, c := range in.conns() {
 		c.Interrupt()

@@ -526,15 +526,11 @@ func (t *Target) wait(in *incoming) error {
 var errNoStart = errors.New("the guest was not started on the target")
 
 func (t *Target) start(in *incoming) error {
-	stopped := time.Since(in.stopped)
-	if in.stream.OneWay { // it may have lain somewhere
-		stopped = 0
-	}
 	err := t.m.TakeLocks()
 	if err != nil {
 		err = fmt.Errorf("lock the disks: %w", err)
 	} else {
-		err = t.m.Start(in.end.Running, stopped)
+		err = t.m.Start(in.end.Running, in.stood())
 	}
 	if err != nil { // the source needs them before it hears of it
 		return errors.Join(err, t.m.ReleaseLocks())
