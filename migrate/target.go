@@ -57,16 +57,15 @@ type incoming struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 
-	joins    chan *wire.Conn // channels, in any order
-	mu       sync.Mutex
-	channels []*wire.Conn // guarded by mu
-	rounds   barrier
-	reading  sync.WaitGroup // reads main, if answers go back
-	frames   chan any       // what is not RAM, from the reader of main
-	end      *wire.End      // when it has come
-	stopped  time.Time      // when the guest was stopped, as end says
-	began    bool           // RAM may have been written
-	loaded   bool           // the source may commit: it has to know what becomes of that
+	joins         chan *wire.Conn // channels, in any order
+	mu            sync.Mutex
+	channels      []*wire.Conn // guarded by mu
+	rounds        barrier
+	reading       sync.WaitGroup // reads main, if answers go back
+	frames        chan any       // what is not RAM, from the reader of main
+	end           *wire.End      // when it has come
+	stopped       time.Time      // when the guest was stopped, as end says
+	began, loaded bool           // RAM may have been written; the source may commit, and has to know what becomes of that
 }
 
 // NewTarget prepares it. It fails on parameters that cannot be.
@@ -384,8 +383,7 @@ func (t *Target) take(in *incoming) error {
 	defer in.cancel(nil)
 	defer in.close()
 	interrupted := make(chan struct{})
-	stop := context.AfterFunc(in.ctx, func() { in.interrupt(); close(interrupted) })
-	defer stop()
+	defer context.AfterFunc(in.ctx, func() { in.interrupt(); close(interrupted) })()
 	in.joins, in.frames = make(chan *wire.Conn, 256), make(chan any)
 	t.mu.Lock()
 	t.current, t.err = in, nil
