@@ -73,7 +73,7 @@ func qemuArgs(c machineConfig) []string {
 		"-accel", accel, "-machine", machineType, "-cpu", cpu,
 		"-smp", "2", "-m", fmt.Sprint(c.memory),
 		"-display", "none", "-nodefaults", "-no-reboot", "-no-user-config",
-		"-d", "cpu_reset", "-D", filepath.Join(c.out, "cpu.log"), // the registers at a triple fault
+		"-d", "cpu_reset", "-D", filepath.Join(c.out, "cpu.%d.log"), // the registers at a triple fault; QEMU puts its pid there
 		"-kernel", c.kernel.image, "-initrd", c.initramfs, "-append", cmdline,
 		"-chardev", console, "-serial", "chardev:console",
 		"-device", "intel-iommu,intremap=on,caching-mode=off,device-iotlb=on",
