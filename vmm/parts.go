@@ -20,8 +20,7 @@ func (m *Machine) staters() []devices.Stater {
 	if m.serial != nil {
 		list = append(list, m.serial)
 	}
-	functions, _ := m.pci.Staters()
-	for _, f := range functions {
+	for _, f := range m.pci.Staters() {
 		if fn, ok := f.(pci.Function); !ok || !m.isPrimary(fn) {
 			list = append(list, f)
 		}

@@ -86,17 +86,14 @@ func (c *Config) StateInfo(typ string) devices.StateInfo {
 	return devices.StateInfo{ID: "pci/" + c.Path(), Type: typ, Version: 1, MinVersion: 1}
 }
 
-// Staters are the functions that have a state to save, from the root down, and those that
-// cannot be saved.
-func (rc *RootComplex) Staters() (all []devices.Stater, not []Function) {
+// Staters are the functions that have a state to save, from the root down.
+func (rc *RootComplex) Staters() (all []devices.Stater) {
 	rc.Walk(func(_ BDF, f Function) {
 		if s, ok := f.(devices.Stater); ok {
 			all = append(all, s)
-		} else {
-			not = append(not, f)
 		}
 	})
-	return all, not
+	return all
 }
 
 // loaded is redecode after one of many sections: conflicts are to be expected until the
