@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -53,6 +54,11 @@ func socket(ctx context.Context, c net.Conn, o Options, server bool) (*Stream, e
 			t = tls.Server(c, o.TLS)
 		}
 		if err := t.HandshakeContext(ctx); err != nil {
+			if w, ok := c.(interface{ CloseWrite() error }); ok && server {
+				// A client learns why only if nothing of what it has sent is left unread.
+				_ = errors.Join(w.CloseWrite(), c.SetReadDeadline(time.Now().Add(time.Second)))
+				_, _ = io.Copy(io.Discard, c)
+			}
 			return nil, errors.Join(fmt.Errorf("TLS: %w", err), c.Close())
 		}
 		c = t
