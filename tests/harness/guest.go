@@ -143,7 +143,7 @@ func Start(t testing.TB, c GuestConfig) *Guest {
 		close(g.ended)
 	}()
 	if Nested() && !isQEMU && !c.NoAgent && !c.TripleFault {
-		go g.endOnTripleFault(os.Getenv(EnvArtifacts))
+		go g.endOnTripleFault()
 	}
 	t.Cleanup(func() {
 		if t.Failed() {
@@ -161,19 +161,12 @@ func Start(t testing.TB, c GuestConfig) *Guest {
 	return g
 }
 
-// tripleFaultMark is the file among a suite's artifacts by which the runner (tests/nested, which has
-// the same name for it) knows that a guest triple-faulted when its test had not asked for it.
-const tripleFaultMark = "triple-fault"
-
 // endOnTripleFault ends a guest that the emulation of nested SVM has made triple-fault, as it does
 // now and then, whatever the VMM: its test would wait in vain. The runner gives the suite
 // another chance, and counts it.
-func (g *Guest) endOnTripleFault(artifacts string) {
+func (g *Guest) endOnTripleFault() {
 	if _, err := g.Stderr.Wait(context.Background(), 0, "guest triple fault"); err != nil {
 		return // it has ended
-	}
-	if artifacts != "" {
-		os.WriteFile(filepath.Join(artifacts, tripleFaultMark), []byte(g.name+"\n"), 0o644)
 	}
 	g.Kill()
 }

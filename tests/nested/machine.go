@@ -32,6 +32,7 @@ type machine struct {
 	messages chan proto.Message
 	out      string
 	start    time.Time
+	emulated bool // by TCG
 }
 
 // A machineConfig says how to start one.
@@ -106,7 +107,7 @@ func boot(ctx context.Context, c machineConfig) (*machine, error) {
 	}
 	defer log.Close()
 
-	m := &machine{conn: ours, enc: json.NewEncoder(ours), messages: make(chan proto.Message), out: c.out, start: time.Now()}
+	m := &machine{conn: ours, enc: json.NewEncoder(ours), messages: make(chan proto.Message), out: c.out, start: time.Now(), emulated: c.accel == "tcg"}
 	m.cmd = exec.Command("qemu-system-x86_64", qemuArgs(c)...)
 	m.cmd.ExtraFiles = []*os.File{theirs}
 	m.cmd.Stderr = log

@@ -33,9 +33,6 @@ func (o *runOptions) flags(fs *flag.FlagSet) {
 	fs.StringVar(&o.summary, "summary", "", "write the result in half a line to `FILE`")
 }
 
-// tripleFaultMark is a file among a suite's artifacts: see tests/harness, which writes it.
-const tripleFaultMark = "triple-fault"
-
 // A suite is one package of tests.
 type suite struct{ pkg, dir string }
 
@@ -116,29 +113,31 @@ func (e env) runSuites(ctx context.Context, o runOptions, patterns []string) (in
 	for _, s := range suites {
 		say("suite %s", short(s.pkg))
 		before := r.counts()
-		attempt := func() error {
-			err := e.runSuite(ctx, m, s, o, baton, bin, r, events)
-			// The emulation of nested SVM now and then resets the whole machine. That says
-			// nothing about the suite, which gets another chance, and the summary counts it.
-			for n := 0; n < maxResets && errors.Is(err, errGone) && ctx.Err() == nil && !m.panicked(); n++ {
-				m.close()
+		err := e.runSuite(ctx, m, s, o, baton, bin, r, events)
+		// The emulation of nested SVM now and then resets the whole machine, makes a guest
+		// triple-fault, whatever its VMM, or loses an interrupt. A suite gets other chances there,
+		// all the ones of the first kind and one of the others, and the summary counts them.
+	retry:
+		for resets, failures := 0, 0; m.emulated && ctx.Err() == nil; {
+			switch gone := errors.Is(err, errGone); {
+			case gone && resets < maxResets && !m.panicked():
+				resets++
 				say("nested host: QEMU ended by itself (%v), without a word from its kernel; the suite starts again in a new one", m.cmd.ProcessState)
-				again, berr := e.start(ctx, false, o.out)
-				if berr != nil {
-					return berr
-				}
-				m = again
-				r.rewind(before)
-				err = e.runSuite(ctx, m, s, o, baton, bin, r, events)
+			case !gone && r.counts().worse(before) && failures < maxFailures:
+				failures++
+				say("suite %s failed in an emulated host: it starts again in a new one; logs and serial output: %s", short(s.pkg), m.out)
+			default:
+				break retry
 			}
-			return err
-		}
-		err := attempt()
-		if mark := filepath.Join(m.out, s.name(), tripleFaultMark); ctx.Err() == nil && os.Remove(mark) == nil && r.counts().worse(before) {
-			// It makes guests triple-fault as well, of whatever VMM.
-			say("a guest of suite %s triple-faulted; the suite starts again", short(s.pkg))
+			m.close()
+			again, berr := e.start(ctx, false, o.out)
+			if berr != nil {
+				err = berr
+				break
+			}
+			m = again
 			r.rewind(before)
-			err = attempt()
+			err = e.runSuite(ctx, m, s, o, baton, bin, r, events)
 		}
 		if err != nil {
 			problems = append(problems, fmt.Errorf("suite %s: %w", short(s.pkg), err))
@@ -150,8 +149,9 @@ func (e env) runSuites(ctx context.Context, o runOptions, patterns []string) (in
 	return e.conclude(ctx, m, o, r, problems)
 }
 
-// maxResets is how often the nested host may end by itself under one suite.
-const maxResets = 3
+// An emulated host may end by itself that often under one suite, and a suite may fail there that
+// often before it has failed.
+const maxResets, maxFailures = 3, 1
 
 // conclude keeps or removes what a run left and says the result.
 func (e env) conclude(ctx context.Context, m *machine, o runOptions, r *report, problems []error) (int, error) {
