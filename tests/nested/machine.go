@@ -52,10 +52,7 @@ const maxMemory = 2688
 // qemuArgs are the options of L1: an IOMMU, two SR-IOV NICs, each standing for one
 // physical host's, and an e1000e for the rest of the world, all on one wire.
 func qemuArgs(c machineConfig) []string {
-	// A CPU that boasts of fast string instructions has the kernel copy and clear by rep movsb and
-	// rep stosb, which an emulator does byte by byte: without, it clears pages 10 times as fast.
-	const slow = ",erms=off,fsrm=off,fsrs=off,fzrm=off,fsrc=off"
-	machineType, cpu, accel := "q35,kernel-irqchip=split", "max,la57=off"+slow, "tcg,thread=multi,tb-size=1024"
+	machineType, cpu, accel := "q35,kernel-irqchip=split", "max,la57=off", "tcg,thread=multi,tb-size=1024"
 	if c.accel == "kvm" {
 		cpu, accel = "host", "kvm"
 	}
