@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -196,6 +197,30 @@ func (m *machine) close() {
 	m.conn.Close()
 	for range m.messages {
 	}
+}
+
+// serialize keeps the emulator on one CPU of ours. Its faults come of threads that run at once.
+func (m *machine) serialize() error {
+	tasks, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", m.cmd.Process.Pid))
+	if err != nil {
+		return fmt.Errorf("serialize: %w", err)
+	}
+	var own, one unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &own); err != nil {
+		return fmt.Errorf("serialize: %w", err)
+	}
+	for cpu := 0; one.Count() == 0; cpu++ {
+		if own.IsSet(cpu) {
+			one.Set(cpu)
+		}
+	}
+	for _, t := range tasks {
+		tid, _ := strconv.Atoi(t.Name())
+		if err := unix.SchedSetaffinity(tid, &one); err != nil && err != unix.ESRCH {
+			return fmt.Errorf("serialize: %w", err)
+		}
+	}
+	return nil
 }
 
 // panicked says whether L1's kernel has said that it cannot go on.

@@ -116,7 +116,7 @@ func (e env) runSuites(ctx context.Context, o runOptions, patterns []string) (in
 		err := e.runSuite(ctx, m, s, o, baton, bin, r, events)
 		// The emulation of nested SVM now and then resets the whole machine, makes a guest
 		// triple-fault, whatever its VMM, or loses an interrupt. A suite gets other chances there,
-		// and the summary counts them.
+		// slower ones, and the summary counts them.
 	retry:
 		for resets, failures := 0, 0; m.emulated && ctx.Err() == nil; {
 			switch gone := errors.Is(err, errGone); {
@@ -136,6 +136,9 @@ func (e env) runSuites(ctx context.Context, o runOptions, patterns []string) (in
 				break
 			}
 			m = again
+			if err = m.serialize(); err != nil {
+				break
+			}
 			r.rewind(before)
 			err = e.runSuite(ctx, m, s, o, baton, bin, r, events)
 		}
@@ -151,7 +154,7 @@ func (e env) runSuites(ctx context.Context, o runOptions, patterns []string) (in
 
 // An emulated host may end by itself that often under one suite, and a suite may fail there that
 // often before it has failed.
-const maxResets, maxFailures = 3, 2
+const maxResets, maxFailures = 3, 3
 
 // conclude keeps or removes what a run left and says the result.
 func (e env) conclude(ctx context.Context, m *machine, o runOptions, r *report, problems []error) (int, error) {
