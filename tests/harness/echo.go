@@ -2,7 +2,6 @@ package harness
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -98,9 +97,12 @@ func (e *Echo) fail(err error) {
 		return
 	default:
 	}
+	e.conn.Close() // what comes after is worth nothing
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.result.Err = errors.Join(e.result.Err, err)
+	if e.result.Err == nil {
+		e.result.Err = err
+	}
 }
 
 // Stop ends it.

@@ -10,11 +10,16 @@ import (
 func TestEcho(t *testing.T) {
 	for _, broken := range []bool{false, true} {
 		here, there := net.Pipe()
+		enough := make(chan struct{}) // several chunks have gone round, or the other end has closed
 		go func() {
+			defer close(enough)
 			buf := make([]byte, 100)
 			for n := 0; ; n++ {
 				k, err := io.ReadAtLeast(there, buf, 1)
 				if err != nil {
+					return
+				}
+				if !broken && n == 50 {
 					return
 				}
 				if broken && n == 50 {
@@ -26,17 +31,14 @@ func TestEcho(t *testing.T) {
 			}
 		}()
 		e := newEcho(here)
-		for begin := time.Now(); time.Since(begin) < 20*time.Second; {
-			e.mu.Lock()
-			enough := e.result.Chunks > 3 && !broken || e.result.Err != nil
-			e.mu.Unlock()
-			if enough {
-				break
-			}
-			time.Sleep(time.Millisecond)
+		select {
+		case <-enough:
+		case <-time.After(20 * time.Second):
+			t.Fatal("nothing comes back")
 		}
+		r := e.Stop()
 		there.Close()
-		if r := e.Stop(); r.Chunks == 0 || r.Stall <= 0 || broken && r.Err == nil {
+		if r.Chunks == 0 || r.Stall <= 0 || broken != (r.Err != nil) {
 			t.Errorf("broken %v: %+v", broken, r)
 		}
 	}
