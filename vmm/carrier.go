@@ -23,8 +23,7 @@ import (
 //	         MSI-X off   to the standby; what is held goes to the guest
 //	         (a driver whose device was pulled shows nothing of that: the slot does, when it is empty)
 //	plug     bus master  the VF has the MAC; copies to the standby's side
-//	         MSI-X on    which are held
-//	         vectors     to the primary; what is held is sent there
+//	         vectors     to the primary; what the standby has not got yet is sent there
 //
 // Linux drops what comes by the standby while a primary is registered (net_failover,
 // RX_HANDLER_EXACT), with or without carrier, and takes nothing from a primary whose driver
@@ -39,7 +38,7 @@ type carrier struct {
 	primary string    // id of the one that there was last
 	vf      steer.VF  // it, as its PF has it
 	onFast  bool      // the guest takes frames from it
-	priming bool      // its driver is about to
+	priming bool      // its driver is about to, and still takes them from the standby
 	pulled  bool      // it was taken away by surprise: what is seen of it is not its driver's doing
 	since   time.Time // when the old way ended, as far as is known; zero: it has not
 	last    []switched
@@ -108,9 +107,6 @@ func (c *carrier) used(u pci.Use) {
 		c.toPrimary()
 	case u.Master || u.Enabled:
 		c.prime()
-		if u.Enabled && c.since.IsZero() {
-			c.holdForPrimary()
-		}
 	case c.priming:
 		c.toStandby()
 	}
@@ -145,24 +141,11 @@ func (c *carrier) prime() {
 	c.do(steer.GiveMAC)
 }
 
-// holdForPrimary is for a primary whose driver is about to have the guest take frames from it
-// alone.
-func (c *carrier) holdForPrimary() {
+// toPrimary is for a primary whose driver serves it: its rings are ready, and Linux does not
+// drop what comes by the standby before that.
+func (c *carrier) toPrimary() {
 	c.since = time.Now()
 	c.warn(c.net.Hold())
-	began := c.since
-	time.AfterFunc(virtionet.HoldTime, func() { // a driver that takes that long: on with the standby
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		if c.priming && c.since.Equal(began) {
-			_, err := c.net.Release()
-			c.warn(err)
-		}
-	})
-}
-
-// toPrimary is for a primary whose driver serves it.
-func (c *carrier) toPrimary() {
 	c.do(steer.Primary)
 	frames, held, err := c.net.TakeHeld()
 	c.warn(err)

@@ -233,7 +233,9 @@ func (s *Steerer) entry(port string) error {
 	return nil
 }
 
-// forward is an entry that does not age; a guest that sends elsewhere still moves it.
+// forward is an entry that neither ages nor moves to a port by which the MAC is seen: a guest sends
+// by its standby until its primary has a carrier, and there are NICs that hand a broadcast of their
+// PF back to it, such as the RARP that has just told where the guest is.
 func (s *Steerer) forward(port int) *netlink.Neigh {
-	return &netlink.Neigh{LinkIndex: port, Family: unix.AF_BRIDGE, Flags: netlink.NTF_MASTER, State: netlink.NUD_NOARP, HardwareAddr: s.c.MAC}
+	return &netlink.Neigh{LinkIndex: port, Family: unix.AF_BRIDGE, Flags: netlink.NTF_MASTER | netlink.NTF_STICKY, State: netlink.NUD_NOARP, HardwareAddr: s.c.MAC}
 }
