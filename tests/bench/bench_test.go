@@ -62,7 +62,7 @@ type contender struct {
 }
 
 // contenders returns baton and QEMU, the latter with that CPU.
-func contenders(t *testing.T, cpu string) []contender {
+func contenders(t testing.TB, cpu string) []contender {
 	qemu := []string{"-machine", "q35", "-enable-kvm", "-cpu", cpu, "-nodefaults", "-display", "none"}
 	return []contender{
 		{"baton", harness.Baton(t), nil, func(f *figure) *[]float64 { return &f.Baton }},
@@ -71,7 +71,7 @@ func contenders(t *testing.T, cpu string) []contender {
 }
 
 // record adds one value, and tells who watches.
-func record(t *testing.T, c contender, name, unit string, goal target, value float64) {
+func record(t testing.TB, c contender, name, unit string, goal target, value float64) {
 	t.Helper()
 	v := c.values(results.figure(name, unit, goal))
 	*v = append(*v, value)

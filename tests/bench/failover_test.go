@@ -25,7 +25,7 @@ func TestFailover(t *testing.T) {
 			{Name: "QEMU", VMM: harness.QEMU},
 			{Name: "QEMU steered", VMM: harness.QEMU, Script: true},
 		} {
-			t.Run(fmt.Sprintf("%s/%d", way.Name, run+1), func(t *testing.T) {
+			live(t, fmt.Sprintf("%s/%d", way.Name, run+1), func(t testing.TB) {
 				trip := travel(t, way)
 				c := contender[min(i, 1)]
 				network := func(suffix string, goal float64) {
@@ -81,7 +81,7 @@ func TestFailoverUnplug(t *testing.T) {
 
 // guestRemoves has the guest remove its VF, and find it again, and returns how many ms the first
 // took, by the guest's clock.
-func guestRemoves(ctx context.Context, t *testing.T, m *journey.Machine) float64 {
+func guestRemoves(ctx context.Context, t testing.TB, m *journey.Machine) float64 {
 	t.Helper()
 	var from, to float64
 	out := m.Sh(ctx, "d=$(readlink -f /sys/class/net/eth2/device); read a x </proc/uptime; echo 1 >$d/remove; read b x </proc/uptime; echo $a $b; echo 1 >/sys/bus/pci/rescan")
@@ -100,14 +100,14 @@ func TestFailoverRAM(t *testing.T) {
 			{Name: "stop to resume, 256 MiB, a VF on the target", Primary: [2]string{"none", ""}},
 			{Name: "stop to resume, 1.5 GiB, a VF on the target", Primary: [2]string{"none", ""}, Memory: 1536},
 		} {
-			t.Run(fmt.Sprintf("%s/%d", way.Name, run+1), func(t *testing.T) {
+			live(t, fmt.Sprintf("%s/%d", way.Name, run+1), func(t testing.TB) {
 				record(t, contenders(t, "host")[0], way.Name, "ms", target{}, 1000*travel(t, way).Phase("stop to resume"))
 			})
 		}
 	}
 }
 
-func travel(t *testing.T, way journey.Way) *journey.Trip {
+func travel(t testing.TB, way journey.Way) *journey.Trip {
 	scrub(t)
 	ctx := harness.Context(t, 3*time.Minute)
 	w := journey.NewWorld(t)

@@ -33,8 +33,7 @@ func TestLinux(t *testing.T) {
 	t.Run("start", func(t *testing.T) {
 		for i := range runs {
 			for n, c := range contenders(t, "host") {
-				// Each guest's undoing belongs to its own run.
-				t.Run(fmt.Sprintf("%s/%d", c.name, i+1), func(t *testing.T) {
+				live(t, fmt.Sprintf("%s/%d", c.name, i+1), func(t testing.TB) { // each guest's undoing belongs to its own run
 					scrub(t)
 					l := startLinux(t, c, n)
 					record(t, c, "start to guest userspace", "s", target{MaxRatio: 0.6}, l.started.Seconds())
@@ -43,8 +42,8 @@ func TestLinux(t *testing.T) {
 			}
 		}
 	})
-	t.Run("disk", func(t *testing.T) { takeTurns(t, measureDisk) })
-	t.Run("network", func(t *testing.T) { takeTurns(t, measureTCP) })
+	takeTurns(t, "disk", measureDisk)
+	takeTurns(t, "network", measureTCP)
 }
 
 // A linux is a guest with a disk and a NIC.
@@ -57,7 +56,7 @@ type linux struct {
 }
 
 // startLinux starts the guest of the contender that has that number.
-func startLinux(t *testing.T, c contender, n int) *linux {
+func startLinux(t testing.TB, c contender, n int) *linux {
 	l := &linux{contender: c, host: fmt.Sprintf("10.77.%d.1", n), addr: fmt.Sprintf("10.77.%d.2", n), nettool: nettool(t)}
 	ctx := harness.Context(t, 2*time.Minute)
 	tap, mac := fmt.Sprintf("bench%d", n), fmt.Sprintf("02:00:00:00:77:%02x", n+2)
@@ -81,42 +80,34 @@ func startLinux(t *testing.T, c contender, n int) *linux {
 type recorder func(name, unit string, goal target, value float64)
 
 // takeTurns measures a guest of each VMM; both are there, so that nothing but the VMM changes
-// from one turn to the next. The first turns are to warm up. A guest that falls silent, which
-// those of either VMM do now and then on an emulated host, is noted, and both start again.
-func takeTurns(t *testing.T, measure func(context.Context, *linux, recorder) error) {
-	const maxLost = 3
-	for turn, lost := 0, 0; turn < 2*runs && !t.Failed(); {
-		t.Run(fmt.Sprintf("guests %d", lost+1), func(t *testing.T) {
-			scrub(t)
-			var guests []*linux
-			for n, c := range contenders(t, "host") {
-				guests = append(guests, startLinux(t, c, n))
-			}
-			for warm := false; turn < 2*runs; warm = true {
-				var values []func()
-				for _, l := range guests {
-					err := measure(harness.Context(t, 30*time.Second), l, func(name, unit string, goal target, value float64) {
-						values = append(values, func() { record(t, l.contender, name, unit, goal, value) })
-					})
-					if err == nil {
-						continue
-					}
-					if lost++; lost > maxLost {
-						t.Fatalf("%s: %v", l.name, err)
-					}
-					results.notef("a guest of %s fell silent, and both started again: %v", l.name, err)
-					return
+// from one turn to the next. The first turns are to warm up.
+func takeTurns(t *testing.T, name string, measure func(context.Context, *linux, recorder) error) {
+	turn := 0
+	live(t, name, func(t testing.TB) {
+		scrub(t)
+		var guests []*linux
+		for n, c := range contenders(t, "host") {
+			guests = append(guests, startLinux(t, c, n))
+		}
+		for warm := false; turn < 2*runs; warm = true {
+			var values []func()
+			for _, l := range guests {
+				err := measure(harness.Context(t, 30*time.Second), l, func(name, unit string, goal target, value float64) {
+					values = append(values, func() { record(t, l.contender, name, unit, goal, value) })
+				})
+				if err != nil {
+					t.Fatalf("%s: %v", l.name, err)
 				}
-				if warm {
-					for _, v := range values {
-						v()
-					}
-					turn++
-				}
-				guests[0], guests[1] = guests[1], guests[0]
 			}
-		})
-	}
+			if warm {
+				for _, v := range values {
+					v()
+				}
+				turn++
+			}
+			guests[0], guests[1] = guests[1], guests[0]
+		}
+	})
 }
 
 func measureDisk(ctx context.Context, l *linux, record recorder) error {
@@ -165,7 +156,7 @@ func measureTCP(ctx context.Context, l *linux, record recorder) error {
 // scrub overwrites the nested host's free memory. Its emulator keeps what it translated of the
 // code of earlier guests, and pays for that, seconds in all, when the pages are written
 // again: here, and not while the next guest starts.
-func scrub(t *testing.T) {
+func scrub(t testing.TB) {
 	if !harness.Nested() {
 		return
 	}
@@ -182,7 +173,7 @@ func scrub(t *testing.T) {
 }
 
 // occupy takes memory, in bytes, and writes to it. What it returns gives it back.
-func occupy(t *testing.T, n int) (free func()) {
+func occupy(t testing.TB, n int) (free func()) {
 	memory, err := unix.Mmap(-1, 0, n, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
 	if err != nil {
 		t.Fatal(err)
@@ -200,7 +191,7 @@ func occupy(t *testing.T, n int) (free func()) {
 }
 
 // vmmMemory returns what the process has for itself, in MiB.
-func vmmMemory(t *testing.T, pid int) float64 {
+func vmmMemory(t testing.TB, pid int) float64 {
 	f, err := os.Open(fmt.Sprintf("/proc/%d/smaps", pid))
 	if err != nil {
 		t.Fatal(err)
@@ -222,7 +213,7 @@ func throughput(out string) (float64, error) {
 	return r.MbitPS, err
 }
 
-func decode(t *testing.T, text string, v any) {
+func decode(t testing.TB, text string, v any) {
 	t.Helper()
 	if err := json.Unmarshal([]byte(text), v); err != nil {
 		t.Fatalf("%v in %q", err, text)
@@ -261,7 +252,7 @@ func readDisk(ctx context.Context, l *linux, size, order string, readers int) (s
 }
 
 // tmpfsDisk makes a disk image that no real disk stands behind.
-func tmpfsDisk(t *testing.T) string {
+func tmpfsDisk(t testing.TB) string {
 	const dir = "/dev/shm"
 	var fs unix.Statfs_t
 	if err := unix.Statfs(dir, &fs); err != nil || fs.Type != unix.TMPFS_MAGIC {
@@ -284,7 +275,7 @@ func tmpfsDisk(t *testing.T) string {
 }
 
 // startServer runs the host's receiver of TCP streams until the test ends.
-func startServer(t *testing.T, addr string) {
+func startServer(t testing.TB, addr string) {
 	server := exec.Command(nettool(t), "serve", addr+":5001")
 	out, err := server.StdoutPipe()
 	if err != nil {
@@ -299,10 +290,10 @@ func startServer(t *testing.T, addr string) {
 	}
 }
 
-func nettool(t *testing.T) string { return tool(t, "nettool") }
+func nettool(t testing.TB) string { return tool(t, "nettool") }
 
 // tool returns the path of a program that `make bench` builds.
-func tool(t *testing.T, name string) string {
+func tool(t testing.TB, name string) string {
 	t.Helper()
 	path := filepath.Join(os.Getenv(harness.EnvRepo), ".cache", "bin", name)
 	if _, err := os.Stat(path); err != nil {

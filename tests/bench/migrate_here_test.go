@@ -199,7 +199,7 @@ func moveTiny(t *testing.T, c contender, kernel string, mib, written, channels i
 }
 
 // migrationEnd waits for a migration's end.
-func migrationEnd(t *testing.T, q *harness.QMP) (m migration) {
+func migrationEnd(t testing.TB, q *harness.QMP) (m migration) {
 	t.Helper()
 	for {
 		var data struct{ Status string }

@@ -32,7 +32,7 @@ func TestMigrate(t *testing.T) {
 	} {
 		for i := range migrateRuns {
 			for _, c := range contenders(t, "host") {
-				t.Run(fmt.Sprintf("%s/%s/%d", s.name, c.name, i+1), func(t *testing.T) { measureMigration(t, c, peer, s.name, s.mib, s.dirty) })
+				live(t, fmt.Sprintf("%s/%s/%d", s.name, c.name, i+1), func(t testing.TB) { measureMigration(t, c, peer, s.name, s.mib, s.dirty) })
 			}
 		}
 	}
@@ -53,7 +53,7 @@ type migration struct {
 	looks []float64 // see there
 }
 
-func measureMigration(t *testing.T, c contender, peer *harness.Peer, name string, mib, dirty int) {
+func measureMigration(t testing.TB, c contender, peer *harness.Peer, name string, mib, dirty int) {
 	dir, err := os.MkdirTemp("", "bench") // short enough for a socket
 	if err != nil {
 		t.Fatal(err)

@@ -57,3 +57,20 @@ func TestTable(t *testing.T) {
 		t.Errorf("%v\n%s", err, data.String())
 	}
 }
+
+func TestLife(t *testing.T) {
+	l := &life{TB: t}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if l.Errorf("guest %d", 1); !l.Failed() {
+			t.Error("not failed after an error")
+		}
+		l.Fatal("gone", 2)
+		t.Error("goes on after the end")
+	}()
+	<-done
+	if got := strings.Join(l.wrong, "; "); got != "guest 1; gone 2" {
+		t.Errorf("wrong: %q", got)
+	}
+}

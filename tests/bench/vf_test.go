@@ -38,13 +38,13 @@ func TestVF(t *testing.T) {
 		native.name = "QEMU-native"
 		native.args = append(slices.Clone(native.args), "-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off")
 		for _, c := range append(list, native) {
-			t.Run(fmt.Sprintf("%s/%d", c.name, i+1), func(t *testing.T) { measureVF(t, c, peer, vf) })
+			live(t, fmt.Sprintf("%s/%d", c.name, i+1), func(t testing.TB) { measureVF(t, c, peer, vf) })
 		}
 	}
 }
 
 // measureVF measures one life of a guest.
-func measureVF(t *testing.T, c contender, peer *harness.Peer, vf harness.VF) {
+func measureVF(t testing.TB, c contender, peer *harness.Peer, vf harness.VF) {
 	scrub(t)
 	dir, err := os.MkdirTemp("", "vf") // short enough for a socket's name
 	if err != nil {
@@ -66,26 +66,19 @@ func measureVF(t *testing.T, c contender, peer *harness.Peer, vf harness.VF) {
 	if !native {
 		record(t, c, "VF, plug to carrier", "ms", target{MaxRatio: 1}, plugged)
 		g.Output(ctx, "@addr", vfMAC, vfGuest+"/24")
-		t.Run("traffic", func(t *testing.T) { v.in(t).carry(peer) })
+		v.carry(peer)
 	}
-	t.Run("unplug", func(t *testing.T) { v.in(t).comeAndGo(native) })
+	v.comeAndGo(native)
 }
 
 // vfLife is a guest that the VF comes and goes in.
 type vfLife struct {
-	t   *testing.T
+	t   testing.TB
 	ctx context.Context
 	c   contender
 	g   *harness.Guest
 	q   *harness.QMP
 	vf  harness.VF
-}
-
-// in is the same life for a subtest.
-func (v *vfLife) in(t *testing.T) *vfLife {
-	sub := *v
-	sub.t, sub.g = t, v.g.In(t)
-	return &sub
 }
 
 // comeAndGo measures how long each way out takes, and the way in.
@@ -217,7 +210,7 @@ func (v *vfLife) carry(peer *harness.Peer) {
 }
 
 // mbits is what nettool measured.
-func mbits(t *testing.T, out string) float64 {
+func mbits(t testing.TB, out string) float64 {
 	t.Helper()
 	v, err := throughput(out)
 	if err != nil {
