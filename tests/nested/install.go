@@ -68,7 +68,7 @@ const (
 )
 
 func haveQEMU() bool {
-	out, err := exec.Command("qemu-system-x86_64", "--version").Output()
+	out, err := exec.Command(qemu, "--version").Output()
 	return err == nil && qemuVersion(string(out)) >= qemuMajor
 }
 

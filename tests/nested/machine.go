@@ -38,6 +38,7 @@ type machine struct {
 
 // A machineConfig says how to start one.
 type machineConfig struct {
+	qemu      string
 	kernel    kernel
 	initramfs string
 	accel     string // tcg or kvm
@@ -53,7 +54,10 @@ const maxMemory = 2688
 // qemuArgs are the options of L1: an IOMMU, two SR-IOV NICs, each standing for one
 // physical host's, and an e1000e for the rest of the world, all on one wire.
 func qemuArgs(c machineConfig) []string {
-	machineType, cpu, accel := "q35,kernel-irqchip=split", "max,la57=off", "tcg,thread=multi,tb-size=1024"
+	// A CPU that boasts of fast string instructions has the kernel copy and clear by rep movsb and
+	// rep stosb, which an emulator does byte by byte: without, it clears pages 10 times as fast.
+	const slow = ",erms=off,fsrm=off,fsrs=off,fzrm=off,fsrc=off"
+	machineType, cpu, accel := "q35,kernel-irqchip=split", "max,la57=off"+slow, "tcg,thread=multi,tb-size=1024"
 	if c.accel == "kvm" {
 		cpu, accel = "host", "kvm"
 	}
@@ -106,7 +110,7 @@ func boot(ctx context.Context, c machineConfig) (*machine, error) {
 	defer log.Close()
 
 	m := &machine{conn: ours, enc: json.NewEncoder(ours), messages: make(chan proto.Message), out: c.out, start: time.Now(), emulated: c.accel == "tcg"}
-	m.cmd = exec.Command("qemu-system-x86_64", qemuArgs(c)...)
+	m.cmd = exec.Command(c.qemu, qemuArgs(c)...)
 	m.cmd.ExtraFiles = []*os.File{theirs}
 	m.cmd.Stderr = log
 	m.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}

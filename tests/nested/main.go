@@ -125,12 +125,17 @@ func (e env) start(ctx context.Context, tty bool, out string) (*machine, error) 
 	if err := e.install(ctx); err != nil {
 		return nil, err
 	}
-	c := machineConfig{kernel: findKernel("/"), accel: chooseAccel(), tty: tty, memory: maxMemory}
+	c := machineConfig{qemu: qemu, kernel: findKernel("/"), accel: chooseAccel(), tty: tty, memory: maxMemory}
 	program := filepath.Join(e.cache, "l1")
 	if err := e.build(ctx, "build", "-o", program, "./tests/nested/l1"); err != nil {
 		return nil, err
 	}
 	var err error
+	if c.accel == "tcg" {
+		if c.qemu, err = e.emulator(); err != nil {
+			return nil, err
+		}
+	}
 	modules := slices.Concat([]string{kvmModule(c.accel)}, baseModules)
 	if c.initramfs, err = buildInitramfs(e.cache, c.kernel, modules, program); err != nil {
 		return nil, err

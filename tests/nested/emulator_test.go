@@ -1,0 +1,55 @@
+package main
+
+import (
+	"bytes"
+	"os"
+	"os/exec"
+	"slices"
+	"testing"
+)
+
+func TestFind(t *testing.T) {
+	or := []byte{0x81, 0x8b, 1, 2, 3, 4, 0, 1, 0, 0}
+	code := slices.Concat([]byte{0x90}, or, []byte{0x41}, or, []byte{0x81, 0xa3}, or)
+	if got, want := find(code, setVIRQ), []int{1, len(code) - len(or)}; !slices.Equal(got, want) {
+		t.Errorf("found at %v, want %v: one has a prefix", got, want)
+	}
+	if got := find(code, clearGIF); got != nil {
+		t.Errorf("found %v", got)
+	}
+}
+
+// TestCorrectSVM corrects the QEMU that is installed: three instructions of it, once.
+func TestCorrectSVM(t *testing.T) {
+	path, err := exec.LookPath(qemu)
+	if err != nil {
+		t.Skip("no QEMU to look at")
+	}
+	was, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	code := bytes.Clone(was)
+	if err := correctSVM(code); err != nil {
+		t.Fatalf("%s: %v", path, err)
+	}
+	var runs, last int
+	for i := range code {
+		if code[i] == was[i] {
+			continue
+		}
+		if runs == 0 || i-last > 10 {
+			runs++
+		}
+		last = i
+	}
+	if runs != 3 || len(code) != len(was) {
+		t.Errorf("%d places differ, want 3", runs)
+	}
+	if err := correctSVM(code); err == nil {
+		t.Error("corrected twice")
+	}
+	if err := correctSVM(was[:1<<16]); err == nil {
+		t.Error("half a file is accepted")
+	}
+}
