@@ -1,6 +1,7 @@
 package vmm
 
 import (
+	"encoding/binary"
 	"fmt"
 	"strings"
 
@@ -83,6 +84,35 @@ func (m *Machine) describe(c *vcpu, cause string) string {
 		r.RAX, r.RBX, r.RCX, r.RDX, r.RSI, r.RDI, mode)
 	fmt.Fprintf(&b, "  at rip: %s", m.instruction(c, s.CS.Base+r.RIP, mode))
 	return b.String()
+}
+
+// interrupts says what a vCPU that stands still waits for: whether it runs, what its local APIC
+// has for it, and when the timer is due.
+func (c *vcpu) interrupts() string {
+	mp, err := c.MPState()
+	if err != nil {
+		return err.Error()
+	}
+	l, err := c.LAPIC()
+	if err != nil {
+		return err.Error()
+	}
+	register := func(off int) uint32 { return binary.LittleEndian.Uint32(l.Regs[off:]) } // Intel SDM vol. 3, table 11-1
+	vectors := func(off int) (list []string) {                                           // 11.8.4: 8 registers of 32 bits
+		for v := range 256 {
+			if register(off+v/32*16)>>(v%32)&1 != 0 {
+				list = append(list, fmt.Sprintf("%#x", v))
+			}
+		}
+		return list
+	}
+	text := fmt.Sprintf("mp state %d  tpr %#x  requested %v  in service %v  timer %#x, %d of %d left", mp,
+		register(0x80), vectors(0x200), vectors(0x100), register(0x320), register(0x390), register(0x380))
+	const deadline = 0x6e0 // IA32_TSC_DEADLINE
+	if msrs, _, err := c.MSRs([]uint32{msrTSC, deadline}); err == nil && len(msrs) == 2 && msrs[1].Data != 0 {
+		text += fmt.Sprintf(", deadline in %d ticks", int64(msrs[1].Data-msrs[0].Data))
+	}
+	return text
 }
 
 // maxInstruction is the longest x86 instruction in bytes: Intel SDM vol. 2, 2.3.11.

@@ -152,7 +152,7 @@ func (m *Machine) registersText() string {
 	running := m.State() == StateRunning
 	m.stopVCPUs()
 	for _, c := range m.vcpus {
-		fmt.Fprintln(&b, m.describe(c, "registers"))
+		fmt.Fprintf(&b, "%s\n  %s\n", m.describe(c, "registers"), c.interrupts())
 	}
 	if running {
 		m.goOn()

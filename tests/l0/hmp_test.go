@@ -66,6 +66,7 @@ func TestHMP(t *testing.T) {
 	m.ask("info qtree\n", `dev: pcie-root-port, id "root1"\n    addr = 0\d.0\n    chassis = 7\n    bus: root1\n      type PCIe\n      dev: virtio-rng-pci, id "rng1"`)
 	m.ask("info mtree\n", `  0000000000000000-[0-9a-f]{16}: ram\n(.*\n)*.*: ioapic\n(.*\n)*memory slots of KVM\n  0000000000000000-[0-9a-f]{16}: slot 0\n(.*\n)*address-space: I/O\n(.*\n)*  03f8-03ff: serial\n`)
 	m.ask("info irq\n", `gsi 24: (no route|address 0x[0-9a-f]+, data 0x[0-9a-f]+)\n`)
+	m.ask("info registers\n", `  cpu 1: registers\n(.*\n)*  mp state 1  tpr 0x0  requested \[\]  in service \[\]  timer 0x10000, 0 of 0 left\n`)
 	m.ask("set_link nosuch off\n", `Error: Device 'nosuch' not found\n`)
 	m.ask("stop\n", `\(qemu\) $`)
 	q.WaitEvent("STOP")

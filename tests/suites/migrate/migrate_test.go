@@ -10,6 +10,7 @@
 package migrate
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -111,16 +112,31 @@ func (w *world) start(host int, boot ...string) *machine {
 		"-drive", "file="+w.disk+",format=raw,if=none,id=d0", "-device", "virtio-blk-pci,id=disk0,drive=d0,bus=rp1,serial=SHARED",
 		"-device", "virtio-rng-pci,bus=rp2")})
 	m.qmp = harness.DialQMP(w.t, harness.Context(w.t, lifeLimit), m.socket)
-	w.t.Cleanup(func() { // where a guest is that does not answer
+	w.t.Cleanup(func() {
 		if w.t.Failed() {
-			out, err := m.qmp.Execute("human-monitor-command", map[string]any{"command-line": "info registers"})
-			w.t.Logf("%s: %s %v", m.Name(), out, err)
+			m.inspect(w.t)
 		}
 	})
 	m.qmp.Do("migrate-set-capabilities", map[string]any{"capabilities": []any{map[string]any{"capability": "events", "state": true}}})
 	// The nested host stands still for seconds when the machine below has other things to do.
 	m.qmp.Do("migrate-set-parameters", map[string]any{"stall-timeout": 60000})
 	return m
+}
+
+// inspect tells where a guest is that does not answer, at two moments, and whether it goes on after
+// that: its vCPUs are stopped for it, and started again.
+func (m *machine) inspect(t *testing.T) {
+	for _, command := range []string{"info registers", "info irq", "info status", "info registers"} {
+		out, err := m.qmp.Execute("human-monitor-command", map[string]any{"command-line": command})
+		if err != nil {
+			return // it has ended
+		}
+		t.Logf("%s: %s: %s", m.Name(), command, strings.ReplaceAll(string(out), `\r\n`, "\n"))
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	_, err := m.Run(ctx, "@clock")
+	t.Logf("%s answers: %v", m.Name(), err)
 }
 
 // boot starts the guest on the first host, with its network and its disk.
