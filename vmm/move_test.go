@@ -67,6 +67,41 @@ func moves(t *testing.T, code tiny.Code, n, between int) *whole {
 	return w
 }
 
+// A guest that was stopped and saved, and stays after all, goes on as if nothing had been: its next
+// tick comes, its instruction is completed once. So it is while it is watched and when it is not.
+func TestStays(t *testing.T) {
+	for name, code := range map[string]tiny.Code{"halted": ticker, "mid-instruction": ports} {
+		t.Run(name, func(t *testing.T) {
+			w := startWhole(t, "-smp", "2", "-kernel", tiny.Kernel(t, code))
+			last := w.letters(0, 2)
+			for range 6 {
+				sources := mover{w.Machine}.DirtySources()
+				for _, d := range sources {
+					if err := d.Start(); err != nil {
+						t.Fatal(err)
+					}
+				}
+				last = w.letters(last, 2)
+				running, err := mover{w.Machine}.Pause()
+				if err != nil || !running {
+					t.Fatal(running, err)
+				}
+				w.save()
+				if err := (mover{w.Machine}).Resume(running); err != nil {
+					t.Fatal(err)
+				}
+				last = w.letters(last, 2)
+				for _, d := range sources {
+					if err := d.Stop(); err != nil {
+						t.Fatal(err)
+					}
+				}
+				last = w.letters(last, 2)
+			}
+		})
+	}
+}
+
 // A guest that stands in the middle of an instruction, an IN or one that has repetitions left.
 func TestMoveMidInstruction(t *testing.T) {
 	moves(t, ports, 8, 20)
