@@ -4,8 +4,6 @@ import (
 	"sync"
 	"sync/atomic"
 
-	"golang.org/x/sys/unix"
-
 	"baton/kvm/guestmem"
 )
 
@@ -37,7 +35,7 @@ const (
 
 const (
 	hugePage = 2 << 20  // the unit, in bytes: what the kernel may map at once
-	ahead    = 6        // blocks that are prepared
+	ahead    = 2        // blocks that are prepared: what is never needed has cost time as well
 	bulk     = 64 << 10 // bytes that let expect more
 	// prefaulters is the most threads that do it.
 	prefaulters = 4
@@ -58,7 +56,7 @@ func (p *prefault) run(stop <-chan struct{}) {
 		select {
 		case b := <-p.queue:
 			if s := b.state; s.CompareAndSwap(queued, working) {
-				_ = unix.Madvise(b.memory, unix.MADV_POPULATE_WRITE) // Linux 5.14; without, the receiver waits
+				populate(b.memory)
 				p.mu.Lock()
 				s.Store(there)
 				p.mu.Unlock()

@@ -141,7 +141,9 @@ type Conn struct {
 
 	setRead, setWrite func(time.Time) error // dl's
 
+	socket                *rawSocket   // nil: a stream that is none
 	readStall, writeStall atomic.Int64 // nanoseconds without progress that are an error, 0: any
+	readSet, writeSet     atomic.Int64 // when the deadlines were set, in nanoseconds; 0: never
 	interrupted           atomic.Bool
 	broken                atomic.Bool // a frame may have gone out in part
 
@@ -156,7 +158,7 @@ type Conn struct {
 
 // NewConn makes frames of a stream. Deadlines work if it has them, as a net.Conn does.
 func NewConn(stream io.ReadWriteCloser) *Conn {
-	c := &Conn{stream: stream, close: stream.Close}
+	c := &Conn{stream: stream, close: stream.Close, socket: newSocket(stream)}
 	c.in = bufio.NewReaderSize(reader{c}, readAhead)
 	if d, ok := stream.(deadliner); ok {
 		c.dl, c.setRead, c.setWrite = d, d.SetReadDeadline, d.SetWriteDeadline
@@ -171,6 +173,8 @@ func NewConn(stream io.ReadWriteCloser) *Conn {
 func (c *Conn) SetStall(read, write time.Duration) {
 	c.readStall.Store(int64(read))
 	c.writeStall.Store(int64(write))
+	c.readSet.Store(0)
+	c.writeSet.Store(0)
 	if c.dl != nil && read == 0 {
 		_ = c.dl.SetReadDeadline(time.Time{})
 	}
@@ -190,10 +194,12 @@ func (c *Conn) Interrupt() {
 	}
 }
 
-// deadline makes a wait end after d, if not 0, or now if it was interrupted.
-func (c *Conn) deadline(set func(time.Time) error, d int64) error {
-	if c.dl != nil && d > 0 {
-		_ = set(time.Now().Add(time.Duration(d)))
+// deadline makes a wait end after d or an eighth more, if not 0, or now if it was interrupted. What
+// was set not long ago stays: it costs.
+func (c *Conn) deadline(set func(time.Time) error, d int64, last *atomic.Int64) error {
+	if now := time.Now(); c.dl != nil && d > 0 && now.UnixNano()-last.Load() >= d/8 {
+		last.Store(now.UnixNano())
+		_ = set(now.Add(time.Duration(d + d/8)))
 		if c.interrupted.Load() { // between the check and the call, too
 			_ = set(past)
 		}
@@ -215,6 +221,7 @@ func (c *Conn) WriteLast(t Type, v any, within time.Duration) error {
 	c.mu.Unlock()
 	c.interrupted.Store(false)
 	c.writeStall.Store(int64(within))
+	c.writeSet.Store(0)
 	return c.Write(t, v)
 }
 
@@ -238,14 +245,41 @@ func (c *Conn) Read(p []byte) (int, error) {
 // reader is what a Conn reads from.
 type reader struct{ c *Conn }
 
-func (r reader) Read(p []byte) (int, error) {
-	c := r.c
-	if err := c.deadline(c.setRead, c.readStall.Load()); err != nil {
+func (r reader) Read(p []byte) (int, error) { return r.c.read(p) }
+
+// read reads from the stream into the buffers, of which there is one if that is no socket.
+func (c *Conn) read(bufs ...[]byte) (n int, err error) {
+	if err := c.deadline(c.setRead, c.readStall.Load(), &c.readSet); err != nil {
 		return 0, err
 	}
-	n, err := c.stream.Read(p)
+	if c.socket != nil {
+		n, err = c.socket.read(bufs...)
+	} else {
+		n, err = c.stream.Read(bufs[0])
+	}
 	c.received.Add(uint64(n))
 	return n, err
+}
+
+// readAll fills the buffers, which it changes.
+func (c *Conn) readAll(bufs [][]byte) error {
+	for len(bufs) > 0 {
+		n, err := 0, error(nil)
+		if c.in.Buffered() > 0 || c.socket == nil {
+			n, err = c.Read(bufs[0])
+		} else {
+			n, err = c.read(bufs...)
+		}
+		for ; len(bufs) > 0 && n >= len(bufs[0]); bufs = bufs[1:] {
+			n -= len(bufs[0])
+		}
+		if len(bufs) > 0 {
+			if bufs[0] = bufs[0][n:]; err != nil {
+				return noEOF(err)
+			}
+		}
+	}
+	return nil
 }
 
 func (c *Conn) readFull(p []byte) error {
@@ -291,10 +325,14 @@ func (c *Conn) Release() error {
 
 // write writes; mu is held.
 func (c *Conn) write(p []byte) error {
-	if err := c.deadline(c.setWrite, c.writeStall.Load()); err != nil {
+	if err := c.deadline(c.setWrite, c.writeStall.Load(), &c.writeSet); err != nil {
 		return err
 	}
-	n, err := c.stream.Write(p)
+	to := c.stream.Write
+	if c.socket != nil {
+		to = c.socket.write
+	}
+	n, err := to(p)
 	c.sent.Add(uint64(n))
 	if err != nil {
 		c.broken.Store(true)

@@ -3,7 +3,6 @@ package wire
 import (
 	"bytes"
 	"fmt"
-	"io"
 
 	"github.com/klauspost/compress/s2"
 	"github.com/klauspost/compress/zstd"
@@ -198,6 +197,8 @@ type decoders struct {
 	zstd *zstd.Decoder
 	in   []byte
 	runs []byte
+	bufs [][]byte // windows of the runs that are read straight into guest memory
+	rest [][]byte // of those, what is not read yet
 }
 
 // Sink is where pages go: guest memory, and what of it has been written. Several
@@ -232,10 +233,6 @@ func (s *Sink) clear(gpa uint64, b []byte) {
 	}
 }
 
-// direct is the number of runs up to which data is read straight into guest memory: each is at
-// least one system call.
-const direct = 16
-
 // ReadPages reads the payload of a Pages frame into guest memory. It returns the number of
 // pages with data and of zero pages. After an error, guest memory is of no use.
 func (c *Conn) ReadPages(h Header, s *Sink) (normal, zero uint64, err error) {
@@ -261,7 +258,7 @@ func (c *Conn) ReadPages(h Header, s *Sink) (normal, zero uint64, err error) {
 	crc := updateCRC(updateCRC(0, head[:]), c.unpack.runs)
 
 	// Look at all runs before any is written.
-	sum, filled := uint64(0), 0
+	sum := uint64(0)
 	for run := c.unpack.runs; len(run) > 0; run = run[runSize:] {
 		_, b, isZero, err := s.window(run)
 		switch {
@@ -271,14 +268,13 @@ func (c *Conn) ReadPages(h Header, s *Sink) (normal, zero uint64, err error) {
 			zero += uint64(len(b) / pageSize)
 		default:
 			sum += uint64(len(b))
-			filled++
 		}
 	}
 	if sum != uint64(raw) {
 		return 0, 0, corrupt("runs of %d bytes with %d bytes of data", sum, raw)
 	}
 	data := []byte(nil) // what is not read straight
-	if compression != None || filled > direct {
+	if compression != None {
 		c.unpack.in = grow(c.unpack.in, packed)
 		if err := c.readFull(c.unpack.in); err != nil {
 			return 0, 0, noEOF(err)
@@ -290,6 +286,7 @@ func (c *Conn) ReadPages(h Header, s *Sink) (normal, zero uint64, err error) {
 			return 0, 0, err
 		}
 	}
+	c.unpack.bufs = c.unpack.bufs[:0]
 	for run := c.unpack.runs; len(run) > 0; run = run[runSize:] {
 		gpa, b, isZero, _ := s.window(run)
 		if isZero {
@@ -302,11 +299,16 @@ func (c *Conn) ReadPages(h Header, s *Sink) (normal, zero uint64, err error) {
 		s.Written.Set(gpa, uint64(len(b)))
 		if data != nil {
 			data = data[copy(b, data):]
-			continue
+		} else {
+			c.unpack.bufs = append(c.unpack.bufs, b)
 		}
-		if _, err := io.ReadFull(c, b); err != nil {
-			return 0, 0, noEOF(err)
-		}
+	}
+	into := c.unpack.bufs
+	c.unpack.rest = append(c.unpack.rest[:0], into...)
+	if err := c.readAll(c.unpack.rest); err != nil {
+		return 0, 0, err
+	}
+	for _, b := range into {
 		crc = updateCRC(crc, b)
 	}
 	if crc != h.crc {

@@ -1,0 +1,22 @@
+package wire
+
+import (
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// vector is readv or writev on a descriptor that does not block.
+func vector(call, fd uintptr, v []unix.Iovec) (n int, errno syscall.Errno) {
+	for {
+		r, _, errno := syscall.RawSyscall(call, fd, uintptr(unsafe.Pointer(&v[0])), uintptr(len(v)))
+		switch errno {
+		case 0:
+			return int(r), 0
+		case unix.EINTR:
+		default:
+			return 0, errno
+		}
+	}
+}
