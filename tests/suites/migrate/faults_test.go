@@ -1,6 +1,8 @@
 package migrate
 
 import (
+	"fmt"
+	"os"
 	"strings"
 	"testing"
 
@@ -14,7 +16,8 @@ func TestFaults(t *testing.T) {
 	m := w.boot()
 	w.load(m, 16, "2", "0.5")
 	for name, fault := range map[string]func(*world, *machine, *machine){
-		"target killed": func(w *world, m, to *machine) { to.Kill() },
+		"target killed":        func(w *world, m, to *machine) { to.Kill() },
+		"target out of memory": (*world).starve,
 		"network cut": func(w *world, m, to *machine) {
 			w.hosts[1].IP("link", "set", "eth0", "down")
 			w.t.Cleanup(func() { w.hosts[1].IP("link", "set", "eth0", "up") })
@@ -22,6 +25,9 @@ func TestFaults(t *testing.T) {
 		"cancelled": func(w *world, m, to *machine) { m.qmp.Do("migrate_cancel", nil) },
 	} {
 		for _, moment := range []string{"active", "pre-switchover"} {
+			if name == "target out of memory" && moment != "active" {
+				continue // it has all of the guest
+			}
 			t.Run(name+", "+moment, func(t *testing.T) { w.in(t).fault(m.in(t), moment, fault) })
 		}
 	}
@@ -82,6 +88,29 @@ func (w *world) fault(m *machine, moment string, fault func(*world, *machine, *m
 	w.check(m)
 	m.qmp.Do("migrate-set-parameters", map[string]any{"stall-timeout": 60000, "max-bandwidth": 1 << 30})
 	m.qmp.Do("migrate-set-capabilities", map[string]any{"capabilities": []any{map[string]any{"capability": "pause-before-switchover", "state": false}}})
+}
+
+// starve has the target get no more memory than a few MiB, for which the kernel ends it.
+func (w *world) starve(_, to *machine) {
+	w.t.Helper()
+	const root, group = "/sys/fs/cgroup", "/sys/fs/cgroup/starved"
+	w.t.Cleanup(func() {
+		to.Kill()
+		if err := os.Remove(group); err != nil {
+			w.t.Error(err)
+		}
+	})
+	write := func(file, text string) {
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+	write(root+"/cgroup.subtree_control", "+memory")
+	if err := os.Mkdir(group, 0o700); err != nil {
+		w.t.Fatal(err)
+	}
+	write(group+"/memory.max", "8M")
+	write(group+"/cgroup.procs", fmt.Sprint(to.PID()))
 }
 
 // sourceKilled: the guest dies with its process; the target has not all of it, and does not start.
