@@ -33,12 +33,13 @@ type machine struct {
 	messages chan proto.Message
 	out      string
 	start    time.Time
-	emulated bool // by TCG
+	faulty   bool // emulated by a QEMU that was not corrected
 }
 
 // A machineConfig says how to start one.
 type machineConfig struct {
 	qemu      string
+	faulty    bool // QEMU's nested SVM is not corrected: see emulator
 	kernel    kernel
 	initramfs string
 	accel     string // tcg or kvm
@@ -109,7 +110,7 @@ func boot(ctx context.Context, c machineConfig) (*machine, error) {
 	}
 	defer log.Close()
 
-	m := &machine{conn: ours, enc: json.NewEncoder(ours), messages: make(chan proto.Message), out: c.out, start: time.Now(), emulated: c.accel == "tcg"}
+	m := &machine{conn: ours, enc: json.NewEncoder(ours), messages: make(chan proto.Message), out: c.out, start: time.Now(), faulty: c.faulty}
 	m.cmd = exec.Command(c.qemu, qemuArgs(c)...)
 	m.cmd.ExtraFiles = []*os.File{theirs}
 	m.cmd.Stderr = log
@@ -203,7 +204,7 @@ func (m *machine) close() {
 	}
 }
 
-// serialize keeps the emulator on one CPU of ours. Its faults come of threads that run at once.
+// serialize keeps the emulator on one CPU of ours: a faulty one has fewer faults there.
 func (m *machine) serialize() error {
 	tasks, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", m.cmd.Process.Pid))
 	if err != nil {
