@@ -51,6 +51,7 @@ func (s *rawSocket) read(bufs ...[]byte) (n int, err error) {
 		return errno != unix.EAGAIN
 	})
 	clear(s.vectors)
+	acquired()
 	switch {
 	case err != nil || errno != 0:
 		return 0, named("read", err, errno)
@@ -62,6 +63,7 @@ func (s *rawSocket) read(bufs ...[]byte) (n int, err error) {
 
 // write writes all of p.
 func (s *rawSocket) write(p []byte) (n int, err error) {
+	releasing()
 	var errno syscall.Errno
 	err = s.RawConn.Write(func(fd uintptr) bool {
 		for n < len(p) {
