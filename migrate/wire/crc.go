@@ -2,31 +2,62 @@ package wire
 
 import (
 	"hash/crc32"
-
-	"golang.org/x/sys/cpu"
+	"sync"
+	"time"
 )
 
-// blockSize is what fold takes at a time.
-const blockSize = 64
-
-// updateCRC is crc32.Update with Castagnoli's polynomial, as fast as that where the CPU has an
-// instruction for it, and ten times as fast where the instruction is emulated, as in a nested host.
+// updateCRC is crc32.Update with Castagnoli's polynomial, by the CPU's instruction or, where that
+// is slow, by tables: an emulated CPU, as in a nested host, takes 100 times as long for the
+// instruction as a real one. Carry-less multiplication is no way out there: QEMU does it by SSE
+// instructions between AVX ones, to which some CPUs take 20 times as long as well.
 func updateCRC(crc uint32, p []byte) uint32 {
-	if len(p) < 4*blockSize || !cpu.X86.HasAVX || !cpu.X86.HasPCLMULQDQ {
-		return crc32.Update(crc, castagnoli, p)
+	if slowInstruction() {
+		return byTables(crc, p)
 	}
-	var state [blockSize]byte
-	copy(state[:], p)
-	le.PutUint32(state[:], le.Uint32(state[:])^^crc)
-	n := len(p) / blockSize * blockSize
-	fold(&state, p[blockSize:n])
-	crc = crc32.Update(^uint32(0), castagnoli, state[:])
-	return crc32.Update(crc, castagnoli, p[n:])
+	return byInstruction(crc, p)
 }
 
-// fold replaces state with other bytes that have the same remainder as state with p, of whole
-// blocks, after it: Gopal et al., Fast CRC Computation for Generic Polynomials Using PCLMULQDQ
-// Instruction, Intel 2009.
-//
-//go:noescape
-func fold(state *[blockSize]byte, p []byte)
+func byInstruction(crc uint32, p []byte) uint32 { return crc32.Update(crc, castagnoli, p) }
+
+// slowInstruction says whether a byte takes longer than a nanosecond.
+var slowInstruction = sync.OnceValue(func() bool {
+	p := make([]byte, 8<<10)
+	best := time.Hour
+	for range 4 {
+		start := time.Now()
+		byInstruction(0, p)
+		best = min(best, time.Since(start))
+	}
+	return best > time.Duration(len(p))
+})
+
+// tables are those of the slicing algorithm, for 16 bytes at a time: tables[i][v] is the CRC of the
+// byte v and i zero bytes after it. Larger ones do not stay in a CPU's caches.
+var tables = sync.OnceValue(func() *[16][256]uint32 {
+	t := new([16][256]uint32)
+	for v := range t[0] {
+		t[0][v] = castagnoli[v]
+		for i := 1; i < len(t); i++ {
+			t[i][v] = byByte(t[i-1][v], 0)
+		}
+	}
+	return t
+})
+
+func byByte(crc uint32, b byte) uint32 { return castagnoli[byte(crc)^b] ^ crc>>8 }
+
+func byTables(crc uint32, p []byte) uint32 {
+	t := tables()
+	crc = ^crc
+	for ; len(p) >= 16; p = p[16:] {
+		v, w := le.Uint64(p)^uint64(crc), le.Uint64(p[8:])
+		crc = t[15][byte(v)] ^ t[14][byte(v>>8)] ^ t[13][byte(v>>16)] ^ t[12][byte(v>>24)] ^
+			t[11][byte(v>>32)] ^ t[10][byte(v>>40)] ^ t[9][byte(v>>48)] ^ t[8][v>>56] ^
+			t[7][byte(w)] ^ t[6][byte(w>>8)] ^ t[5][byte(w>>16)] ^ t[4][byte(w>>24)] ^
+			t[3][byte(w>>32)] ^ t[2][byte(w>>40)] ^ t[1][byte(w>>48)] ^ t[0][w>>56]
+	}
+	for _, b := range p {
+		crc = byByte(crc, b)
+	}
+	return ^crc
+}
