@@ -21,9 +21,10 @@ import (
 //	unplug   asked       copies to the standby's side, held: the primary still has them all
 //	         begins      what is held so far is forgotten, but for what may be in its ring
 //	         MSI-X off   to the standby; what is held goes to the guest
-//	         (a driver whose device was pulled shows nothing of that: the slot does, when it is empty)
+//	         (a device that is pulled goes when its ring has been emptied; then its driver shows
+//	         nothing: the slot does, when it is empty)
 //	plug     bus master  the VF has the MAC; copies to the standby's side
-//	         vectors     to the primary; what the standby has not got yet is sent there
+//	         vectors     to the primary; what the standby has not got yet is sent there; kicks
 //
 // Linux drops what comes by the standby while a primary is registered (net_failover,
 // RX_HANDLER_EXACT), with or without carrier, and takes nothing from a primary whose driver
@@ -36,6 +37,7 @@ type carrier struct {
 
 	mu      sync.Mutex
 	primary string    // id of the one that there was last
+	kick    func()    // raises its vectors
 	vf      steer.VF  // it, as its PF has it
 	onFast  bool      // the guest takes frames from it
 	priming bool      // its driver is about to, and still takes them from the standby
@@ -79,14 +81,15 @@ func (m *Machine) attachStandby(d *device) {
 
 // watch makes d the primary whose driver is watched.
 func (c *carrier) watch(d *device) {
-	vf := steer.VF{}
+	vf, kick := steer.VF{}, func() {}
 	if f, ok := d.fn.(*vfio.Function); ok {
+		kick = f.Kick
 		if pf, index, err := vfio.Parent(f.Host()); err == nil {
 			vf = steer.VF{PF: pf, Index: index}
 		}
 	}
 	c.mu.Lock()
-	c.primary, c.vf = d.ID, vf
+	c.primary, c.vf, c.kick = d.ID, vf, kick
 	c.mu.Unlock()
 	d.watch.carrier.Store(c)
 }
@@ -160,6 +163,30 @@ func (c *carrier) toPrimary() {
 	}
 	c.onFast, c.priming = true, false
 	c.say("plug", "primary", sent, held.Dropped+held.Frames-sent)
+	c.kicks(firstKick)
+}
+
+// The first kick of a primary's driver, and the last, which takes twice as long each time.
+const (
+	firstKick = 25 * time.Millisecond
+	lastKick  = 1600 * time.Millisecond
+)
+
+// kicks raises the primary's interrupts a few times. Linux registers a NIC, and with it begins to
+// use a primary, while the driver's probe goes on: igbvf says only at the end of that that it has
+// no carrier, forgets so that it has just had one, and looks again when its mailbox interrupts, or
+// in two seconds. To be interrupted for nothing is nothing to a driver.
+func (c *carrier) kicks(after time.Duration) {
+	time.AfterFunc(after, func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if !c.onFast || c.pulled {
+			return
+		}
+		if c.kick(); after < lastKick {
+			c.kicks(2 * after)
+		}
+	})
 }
 
 // toStandby is for a primary whose driver has let go of it.
@@ -188,18 +215,26 @@ func (c *carrier) say(point, to string, held, dropped int) {
 	c.m.events.Publish("FAILOVER_SWITCHED", s)
 }
 
-// leaving says that the guest is asked to let go of the primary, or has lost it.
-func (c *carrier) leaving(surprise bool) {
+// leaving says that the guest is about to be asked to let go of the primary, or to lose it. False
+// says that it does not take frames from it.
+func (c *carrier) leaving() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.onFast {
-		return
+	if c.onFast {
+		c.warn(c.net.Hold())
+		c.do(steer.Both)
 	}
-	c.warn(c.net.Hold())
-	c.do(steer.Both)
-	if surprise {
+	return c.onFast
+}
+
+// pull says that it loses it now.
+func (c *carrier) pull() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.onFast {
 		c.pulled = true
 		c.begun()
+		c.net.Forget(c.since.Add(-ringTime))
 	}
 }
 
@@ -214,8 +249,13 @@ func (c *carrier) begins() {
 }
 
 // ringTime is for how long a frame may lie in the primary's receive ring: its driver throws
-// away what is there when it lets go. What it has not is doubled, which costs less.
-const ringTime = 25 * time.Millisecond
+// away what is there when it lets go. What it has not is doubled, which costs less. DrainTime is
+// for how long one that is to be pulled is left to its driver once copies are held: for what came
+// before that, and the answers.
+const (
+	ringTime  = 25 * time.Millisecond
+	drainTime = 2 * ringTime
+)
 
 // stays says that the guest keeps the primary: it had all frames.
 func (c *carrier) stays() {

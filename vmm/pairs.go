@@ -25,7 +25,7 @@ type failoverPair struct {
 	plugged bool    // it is in its slot
 	asking  bool    // the guest is to let go of it, and the pair waits for that
 	leaving bool    // it was taken away by surprise, which the guest may not have noticed
-	waiting func()  // stops the wait for that
+	waiting func()  // stops the wait for that, or for its ring to be emptied before
 	coming  bool    // a guest is coming, which its source has stopped
 	opening *opening
 	closing bool          // what was the primary is being closed
@@ -182,10 +182,8 @@ func (m *Machine) leavePair(id string) {
 // forget makes the pair one without a primary.
 func (p *failoverPair) forget() {
 	p.Cancel(errors.New("the primary was deleted"))
-	if p.waiting != nil {
-		p.waiting()
-	}
-	p.primary, p.asking, p.leaving, p.waiting = nil, false, false, nil
+	p.stopWaiting()
+	p.primary, p.asking, p.leaving = nil, false, false
 	p.renew(failover.Policy{})
 }
 
@@ -380,14 +378,28 @@ func (p *failoverPair) Plug() error {
 
 // Unplug is failover.Host.
 func (p *failoverPair) Unplug(surprise bool) error {
+	fast := p.carrier != nil && p.carrier.leaving()
+	if !surprise || !fast || p.m.State() != StateRunning {
+		return p.unplug(surprise)
+	}
+	p.waiting = p.After(drainTime, func() {
+		p.waiting = nil
+		if err := p.unplug(true); err != nil {
+			p.Refused(err)
+		}
+	})
+	return nil
+}
+
+func (p *failoverPair) unplug(surprise bool) error {
 	mode := pci.Cooperative
 	if surprise {
 		mode = pci.Surprise
 	}
 	first := !p.asking
 	p.asking, p.leaving = true, surprise
-	if p.carrier != nil {
-		p.carrier.leaving(surprise)
+	if surprise && p.carrier != nil {
+		p.carrier.pull()
 	}
 	err := p.m.unplug(p.primary.ID, mode, noDeadline, func(err error) {
 		switch {
@@ -418,6 +430,7 @@ func (p *failoverPair) Withdraw() bool {
 	if !refused && !slot.Withdraw() {
 		return false
 	}
+	p.stopWaiting()
 	p.asking = false
 	if p.device.unplug != nil {
 		p.device.finishUnplug(failover.ErrReturned)
@@ -443,11 +456,16 @@ func (p *failoverPair) ejected() {
 // noticeTime is how long a guest may take to notice that its device has gone.
 const noticeTime = time.Second
 
-func (p *failoverPair) gone() {
+func (p *failoverPair) stopWaiting() {
 	if p.waiting != nil {
 		p.waiting()
+		p.waiting = nil
 	}
-	p.leaving, p.waiting = false, nil
+}
+
+func (p *failoverPair) gone() {
+	p.stopWaiting()
+	p.leaving = false
 	if p.carrier != nil && p.InSlot() {
 		p.carrier.left()
 	}

@@ -142,6 +142,26 @@ func TestFailoverSwitchSilent(t *testing.T) {
 	}
 }
 
+// A primary that is to be pulled from its driver goes a moment later, unless it is wanted back.
+func TestPulled(t *testing.T) {
+	s := startPair(t, standby0+"on", primary0+"standby0,failover-unplug=surprise")
+	s.probe("standby0").start(0)
+	s.shown(true, true)
+	s.probe("primary0").msix(true)
+	s.event("FAILOVER_SWITCHED", "")
+	for _, to := range []string{"standby", "primary"} {
+		s.execute("failover-switch", map[string]any{"id": "standby0", "to": to})
+	}
+	s.pair(failover.Primary)
+	s.shown(true, true)
+	s.execute("failover-switch", map[string]any{"id": "standby0", "to": "standby"})
+	if got := s.event("FAILOVER_SWITCHED", ""); !strings.Contains(got, `"point":"unplug","to":"standby"`) {
+		t.Error(got)
+	}
+	s.pair(failover.Standby)
+	s.shown(true, false)
+}
+
 // Frames for the guest follow its driver: to the standby when it lets go of the primary, with
 // what came in between.
 func TestCarrier(t *testing.T) {

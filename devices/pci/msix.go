@@ -84,6 +84,9 @@ func AddMSIX(c *Config, barIndex int, table, pba uint32, n int, src devices.Vect
 // Window is the part of the BAR that holds the table and the pending bits.
 func (m *MSIX) Window() devices.Range { return m.window }
 
+// Vectors is how many there are.
+func (m *MSIX) Vectors() int { return len(m.vectors) }
+
 // Vector is vector i; the MSIX owns it.
 func (m *MSIX) Vector(i int) devices.Vector { return m.vectors[i] }
 

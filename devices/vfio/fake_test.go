@@ -137,12 +137,13 @@ type fakeVector struct {
 	masked bool
 	waits  bool
 	closed bool
+	raised int
 }
 
 func (v *fakeVector) Set(m devices.MSI, masked bool) error { v.msg, v.masked = m, masked; return nil }
 func (v *fakeVector) Pending() bool                        { return v.waits }
 func (v *fakeVector) EventFD() int                         { return v.fd }
-func (v *fakeVector) Signal()                              {}
+func (v *fakeVector) Signal()                              { v.raised++ }
 func (v *fakeVector) Close() error                         { v.closed = true; return nil }
 
 // fakeMachine is the rest of the machine.

@@ -401,6 +401,15 @@ func (f *Function) Stop() {
 	}
 }
 
+// Kick raises each MSI-X vector that the guest's driver has unmasked, as if the device had.
+func (f *Function) Kick() {
+	for i := 0; f.msix != nil && i < f.msix.Vectors(); i++ {
+		if !f.msix.Masked(i) {
+			f.msix.Signal(i)
+		}
+	}
+}
+
 // Reset implements [pci.Function]: as Stop, and the device as at power-on.
 func (f *Function) Reset() {
 	f.Stop()

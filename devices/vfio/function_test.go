@@ -179,6 +179,9 @@ func TestMSIX(t *testing.T) {
 	if v := m.vectors[1]; v.masked || v.msg != (devices.MSI{Addr: 0xfee00000, Data: 0x41}) || !m.vectors[0].masked {
 		t.Errorf("vector 1: %+v", v)
 	}
+	if f.Kick(); m.vectors[0].raised != 0 || m.vectors[1].raised != 1 {
+		t.Errorf("kicked: %+v, %+v", m.vectors[0], m.vectors[1])
+	}
 	m.vectors[2].waits = true
 	p := make([]byte, 8)
 	if f.bars[3].Read(0x2000, p); p[0] != 4 {

@@ -257,6 +257,7 @@ type Trip struct {
 	Rate           []timeline.Point // datagrams from the guest, a second
 	TCP            harness.EchoResult
 	Query          json.RawMessage // the source's query-migrate
+	Guest          string          // what the guest's kernel has thrown away
 }
 
 // Phase is the length of a phase in seconds, -1 if it did not take place.
@@ -321,6 +322,11 @@ func (l *Load) Stop(ctx context.Context, m *Machine, t *Trip) {
 	}
 }
 
+// guestDrops shows the frames that the guest's kernel has thrown away because of its pair: those
+// for a primary whose carrier has just come, before there is a queue for them (tx_dropped), and,
+// since it started, those that came by the standby while it had a primary (rx_nohandler).
+const guestDrops = "cd /sys/class/net; for f in eth2/statistics/tx_dropped eth1/statistics/rx_nohandler; do [ ! -e $f ] || echo $f $(cat $f); done"
+
 // Travel moves the guest of from to to, which waits for it, and waits until it has its primary
 // there. A migration that does not complete is no error.
 func (w *World) Travel(ctx context.Context, way Way, from, to *Machine) *Trip {
@@ -343,18 +349,19 @@ func (w *World) Travel(ctx context.Context, way Way, from, to *Machine) *Trip {
 	here := from
 	if t.Status == "completed" {
 		here = to
-		if err := to.Log.Wait(ctx, "RESUME", ""); err != nil {
+		resumed, err := to.Log.WaitAfter(ctx, 0, "RESUME", "")
+		if err != nil {
 			w.T.Fatal(err)
 		}
-		resumed := time.Now()
 		if way.Primary[to.Host] != "none" {
 			to.WaitPrimary(ctx)
-			t.Plugged = time.Since(resumed).Seconds()
+			t.Plugged = float64(time.Now().UnixMicro())/1e6 - resumed.Time
 		}
 	}
 	w.Peer.Ping(ctx, GuestIP)
 	time.Sleep(500 * time.Millisecond) // for what comes late
 	load.Stop(ctx, here, t)
+	t.Guest = strings.Join(strings.Fields(here.Sh(ctx, guestDrops)), " ")
 	t.Source, t.Target = from.Log.Events(), to.Log.Events()
 	t.Phases = timeline.Phases(t.Source, t.Target)
 	return t
@@ -370,14 +377,21 @@ func (t *Trip) String() string {
 		}
 		phases = append(phases, fmt.Sprintf("%s %.0f ms at %.2f s", p.Name, 1000*(p.To-p.From), p.From-begin))
 	}
-	return fmt.Sprintf("%s: %s; %s; primary after %.0f ms;\nping %v%s;\nto the guest %+v; from the guest %+v; TCP %+v",
-		t.Way, t.Status, strings.Join(phases, ", "), 1000*t.Plugged, t.Pings, t.lost(begin), t.In, t.Out, t.TCP)
+	for _, e := range slices.Concat(t.Source, t.Target) {
+		if e.Name == "FAILOVER_SWITCHED" && e.Time > begin {
+			phases = append(phases, fmt.Sprintf("%v to the %v at %.2f s: %.0f ms, %v held, %v dropped", e.Data["point"], e.Data["to"], e.Time-begin, number(e.Data["outage-us"])/1000, e.Data["held"], e.Data["dropped"]))
+		}
+	}
+	return fmt.Sprintf("%s: %s; %s; primary after %.0f ms;\nping %v%s;\nto the guest %+v; from the guest %+v; TCP %+v; dropped by the guest: %s",
+		t.Way, t.Status, strings.Join(phases, ", "), 1000*t.Plugged, t.Pings, t.lost(begin), t.In, t.Out, t.TCP, t.Guest)
 }
+
+func number(v any) float64 { f, _ := v.(float64); return f }
 
 // lost says which pings were, in seconds after begin.
 func (t *Trip) lost(begin float64) string {
 	var b strings.Builder
-	for i := 0; i < len(t.PingSeries); {
+	for i := 0; i < min(t.Pings.Sent, len(t.PingSeries)); { // the others are under way
 		n := i
 		for n < len(t.PingSeries) && math.IsNaN(t.PingSeries[n].Value) {
 			n++
