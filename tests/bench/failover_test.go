@@ -16,7 +16,7 @@ const failoverRuns = 3
 // TestFailover has a guest with a VF migrate under load, on baton and on QEMU, by their defaults
 // and, QEMU, with a script that takes the MAC from the VF when the primary is asked to go.
 func TestFailover(t *testing.T) {
-	results.notef("failover: ping every 5 ms, 100 datagrams/s each way; 82576 VFs, one on each host's NIC, on one wire")
+	results.notef("failover: ping every 5 ms, %d datagrams/s each way; 82576 VFs, one on each host's NIC, on one wire", journey.UDPRate())
 	contender := contenders(t, "host")
 	const steered = ", QEMU steered by a script"
 	for run := range failoverRuns {

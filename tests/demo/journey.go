@@ -40,7 +40,7 @@ func journeys(ctx context.Context) error {
 		os.Setenv(name, value)
 	}
 	heading("A guest with a VF moves from one host's NIC to another's")
-	fmt.Printf("  pinged every 5 ms and exchanging 100 datagrams a second each way with a peer on the wire\n")
+	fmt.Printf("  pinged every 5 ms and exchanging %d datagrams a second each way with a peer on the wire\n", journey.UDPRate())
 	var trips []*journey.Trip
 	for _, way := range ways() {
 		fmt.Printf("  %s …\n", way.Name)
@@ -116,8 +116,8 @@ func printTable(w io.Writer, rows [][]string) {
 func pageOf(trips []*journey.Trip, rows [][]string) timeline.Page {
 	p := timeline.Page{
 		Title: "A guest with a VF moves to another host", Table: rows,
-		Notes: []string{"All in one run, on the same NICs, with the same guest: " + time.Now().Format("2006-01-02 15:04") +
-			". The peer pings every 5 ms and exchanges 100 datagrams a second each way with the guest. Red ticks are pings without an answer."},
+		Notes: []string{fmt.Sprintf("All in one run, on the same NICs, with the same guest: %s. The peer pings every 5 ms and exchanges %d datagrams a second each way with the guest. Red ticks are pings without an answer.",
+			time.Now().Format("2006-01-02 15:04"), journey.UDPRate())},
 	}
 	for _, t := range trips {
 		p.Acts = append(p.Acts, timeline.Act{

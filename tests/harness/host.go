@@ -1,6 +1,8 @@
 package harness
 
 import (
+	"bytes"
+	"os"
 	"os/exec"
 	"testing"
 
@@ -72,4 +74,10 @@ func (h *Host) IP(argv ...string) {
 	if err != nil {
 		h.t.Fatalf("ip -n %s %q: %v\n%s", h.Name, argv, err, out)
 	}
+}
+
+// Emulated says whether the host under test has no processor of its own.
+func Emulated() bool {
+	b, _ := os.ReadFile("/proc/cpuinfo")
+	return bytes.Contains(b, []byte("QEMU TCG CPU"))
 }

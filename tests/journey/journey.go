@@ -38,8 +38,15 @@ const (
 	PeerIP   = "10.99.0.2"
 	peerPort = 7001
 	pings    = 5 * time.Millisecond
-	udpRate  = 100
 )
+
+// UDPRate is how many datagrams a second go each way; an emulated host has no time for so many.
+func UDPRate() int {
+	if harness.Emulated() {
+		return 100
+	}
+	return 2000
+}
 
 // World is two hosts and a peer, on one wire.
 type World struct {
@@ -118,7 +125,6 @@ type Way struct {
 	Script bool   // QEMU: somebody takes the MAC from the VF at UNPLUG_PRIMARY
 	Memory int    // MiB, 0: 256
 	CPUs   int    // 0: 1
-	Rate   int    // datagrams a second each way, 0: 100; an emulated host has no time for many more
 	// Kernel is harness.Linux unless set.
 	Kernel func(t testing.TB, words ...string) []string
 	// Primary on each host, what -device takes; "" is the VF. None is "none".
@@ -271,11 +277,9 @@ func (t *Trip) Phase(name string) float64 {
 }
 
 // Load starts what the peer and the guest do meanwhile.
-func (w *World) Load(ctx context.Context, m *Machine, rate int) *Load {
+func (w *World) Load(ctx context.Context, m *Machine) *Load {
 	w.T.Helper()
-	if rate == 0 {
-		rate = udpRate
-	}
+	rate := UDPRate()
 	l := &Load{w: w, pinger: w.Peer.Pinger(GuestIP, pings)}
 	local, guest := fmt.Sprintf("%s:%d", PeerIP, peerPort), fmt.Sprintf("%s:%d", GuestIP, peerPort)
 	if err := w.Peer.Do(func() (err error) {
@@ -332,7 +336,7 @@ const guestDrops = "cd /sys/class/net; for f in eth2/statistics/tx_dropped eth1/
 func (w *World) Travel(ctx context.Context, way Way, from, to *Machine) *Trip {
 	w.T.Helper()
 	t := &Trip{Way: way.Name}
-	load := w.Load(ctx, from, way.Rate)
+	load := w.Load(ctx, from)
 	if way.Script {
 		go func() {
 			if from.Log.Wait(ctx, "UNPLUG_PRIMARY", "") == nil {

@@ -113,7 +113,7 @@ func TestNIC(t *testing.T) {
 func TestToAndFro(t *testing.T) {
 	long(t)
 	const n = 50
-	way := journey.Way{Name: "to and fro", Rate: 2000}
+	way := journey.Way{Name: "to and fro"}
 	ctx := harness.Context(t, time.Duration(n+3)*30*time.Second)
 	w := journey.NewWorld(t)
 	there := w.Boot(ctx, way)
