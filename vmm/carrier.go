@@ -23,8 +23,10 @@ import (
 //	         MSI-X off   to the standby; what is held goes to the guest
 //	         (a device that is pulled goes when its ring has been emptied; then its driver shows
 //	         nothing: the slot does, when it is empty)
-//	plug     bus master  the VF has the MAC; copies to the standby's side
-//	         vectors     to the primary; what the standby has not got yet is sent there; kicks
+//	plug     in its slot frames are held for a moment
+//	         bus master  the VF has the MAC; copies to the standby's side
+//	         MSI-X on    which are held
+//	         vectors     to the primary; what is held is sent there; kicks
 //
 // Linux drops what comes by the standby while a primary is registered (net_failover,
 // RX_HANDLER_EXACT), with or without carrier, and takes nothing from a primary whose driver
@@ -40,9 +42,10 @@ type carrier struct {
 	kick    func()    // raises its vectors
 	vf      steer.VF  // it, as its PF has it
 	onFast  bool      // the guest takes frames from it
-	priming bool      // its driver is about to, and still takes them from the standby
+	priming bool      // its driver is about to
 	pulled  bool      // it was taken away by surprise: what is seen of it is not its driver's doing
 	since   time.Time // when the old way ended, as far as is known; zero: it has not
+	until   time.Time // when frames that are held for its driver are released at the latest
 	last    []switched
 }
 
@@ -110,6 +113,9 @@ func (c *carrier) used(u pci.Use) {
 		c.toPrimary()
 	case u.Master || u.Enabled:
 		c.prime()
+		if u.Enabled {
+			c.holdFor(virtionet.HoldTime)
+		}
 	case c.priming:
 		c.toStandby()
 	}
@@ -144,11 +150,41 @@ func (c *carrier) prime() {
 	c.do(steer.GiveMAC)
 }
 
-// toPrimary is for a primary whose driver serves it: its rings are ready, and Linux does not
-// drop what comes by the standby before that.
-func (c *carrier) toPrimary() {
-	c.since = time.Now()
+// quietTime is how long frames are held for a guest that is to look at its slot.
+const quietTime = 300 * time.Millisecond
+
+// plugged is for a primary that is in its slot. A guest takes frames from the standby until its
+// driver has the primary ready, but a busy one does not get on with that while it has them to see to.
+func (c *carrier) plugged() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.onFast && !c.priming {
+		c.holdFor(quietTime)
+	}
+}
+
+// holdFor holds the standby's frames until the guest's driver has the primary, or for so long.
+func (c *carrier) holdFor(limit time.Duration) {
+	c.begun()
 	c.warn(c.net.Hold())
+	until := time.Now().Add(limit)
+	c.until = until
+	time.AfterFunc(limit, func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if !c.until.Equal(until) {
+			return
+		}
+		_, err := c.net.Release()
+		c.warn(err)
+		if !c.priming {
+			c.since = time.Time{}
+		}
+	})
+}
+
+// toPrimary is for a primary whose driver serves it.
+func (c *carrier) toPrimary() {
 	c.do(steer.Primary)
 	frames, held, err := c.net.TakeHeld()
 	c.warn(err)
@@ -161,15 +197,16 @@ func (c *carrier) toPrimary() {
 		sent, err = steer.Send(by, frames)
 		c.warn(err)
 	}
-	c.onFast, c.priming = true, false
+	c.onFast, c.priming, c.until = true, false, time.Time{}
 	c.say("plug", "primary", sent, held.Dropped+held.Frames-sent)
 	c.kicks(firstKick)
 }
 
-// The first kick of a primary's driver, and the last, which takes twice as long each time.
+// The first kick of a primary's driver comes after that, each one half as long again after the one
+// before, up to that.
 const (
 	firstKick = 25 * time.Millisecond
-	lastKick  = 1600 * time.Millisecond
+	lastKick  = time.Second
 )
 
 // kicks raises the primary's interrupts a few times. Linux registers a NIC, and with it begins to
@@ -184,7 +221,7 @@ func (c *carrier) kicks(after time.Duration) {
 			return
 		}
 		if c.kick(); after < lastKick {
-			c.kicks(2 * after)
+			c.kicks(after * 3 / 2)
 		}
 	})
 }
@@ -196,7 +233,7 @@ func (c *carrier) toStandby() {
 	c.warn(c.net.Announce())
 	held, err := c.net.Release()
 	c.warn(err)
-	c.onFast, c.priming, c.pulled = false, false, false
+	c.onFast, c.priming, c.pulled, c.until = false, false, false, time.Time{}
 	c.say("unplug", "standby", held.Frames, held.Dropped)
 }
 
@@ -332,7 +369,7 @@ func (c *carrier) gone() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.do(steer.Gone)
-	c.onFast, c.priming, c.pulled, c.since = false, false, false, time.Time{}
+	c.onFast, c.priming, c.pulled, c.since, c.until = false, false, false, time.Time{}, time.Time{}
 }
 
 // switches are the last changes of the way.

@@ -373,6 +373,9 @@ func (p *failoverPair) Plug() error {
 	}
 	p.plugged = true
 	p.m.devices = append(p.m.devices, p.device)
+	if p.carrier != nil {
+		p.carrier.plugged()
+	}
 	return nil
 }
 
