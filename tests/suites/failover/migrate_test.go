@@ -85,6 +85,31 @@ func TestOneSided(t *testing.T) {
 	}
 }
 
+// TestOtherPF has the guest do without its VF, as for work on the PF, and then with another PF's,
+// which is on the same wire and is no port of its bridge.
+func TestOtherPF(t *testing.T) {
+	long(t)
+	ctx := harness.Context(t, 2*time.Minute)
+	w := journey.NewWorld(t)
+	m := w.Boot(ctx, journey.Way{Name: "another PF"})
+	pings := w.Peer.Pinger(journey.GuestIP, 5*time.Millisecond)
+	for _, pf := range []int{1, 0} {
+		m.QMP.Do("failover-switch", map[string]any{"id": "hostdev0", "to": "standby"})
+		waitState(m.QMP, "standby")
+		w.Peer.Ping(ctx, journey.GuestIP)
+		m.QMP.Do("failover-switch", map[string]any{"id": "hostdev0", "to": "primary", "pool": w.Hosts[pf].PF.Name})
+		waitState(m.QMP, "primary")
+		answers(ctx, t, w, m)
+		w.Peer.Ping(ctx, journey.GuestIP)
+	}
+	p := pings.Pings()
+	pings.Stop()
+	t.Log(p)
+	if p.Lost > p.Sent/20 {
+		t.Error("too many are lost")
+	}
+}
+
 // TestNIC has a whole NIC as the primary, which no PF steers: away and back on its host, then to
 // a host without one, and back.
 func TestNIC(t *testing.T) {
