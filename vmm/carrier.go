@@ -20,7 +20,8 @@ import (
 //
 //	unplug   asked       copies to the standby's side, held: the primary still has them all
 //	         begins      what is held so far is forgotten, but for what may be in its ring
-//	         MSI-X off   to the standby; what is held goes to the guest
+//	         MSI-X off   to the standby
+//	         ejects      what is held goes to the guest
 //	         (a device that is pulled goes when its ring has been emptied; then its driver shows
 //	         nothing: the slot does, when it is empty)
 //	plug     in its slot frames are held for a moment
@@ -43,6 +44,8 @@ type carrier struct {
 	vf      steer.VF  // it, as its PF has it
 	onFast  bool      // the guest takes frames from it
 	priming bool      // its driver is about to
+	asked   bool      // it is to let go of it
+	lets    bool      // it has, and frames are still held
 	pulled  bool      // it was taken away by surprise: what is seen of it is not its driver's doing
 	since   time.Time // when the old way ended, as far as is known; zero: it has not
 	until   time.Time // when frames that are held for its driver are released at the latest
@@ -175,8 +178,7 @@ func (c *carrier) holdFor(limit time.Duration) {
 		if !c.until.Equal(until) {
 			return
 		}
-		_, err := c.net.Release()
-		c.warn(err)
+		c.release()
 		if !c.priming {
 			c.since = time.Time{}
 		}
@@ -197,7 +199,7 @@ func (c *carrier) toPrimary() {
 		sent, err = steer.Send(by, frames)
 		c.warn(err)
 	}
-	c.onFast, c.priming, c.until = true, false, time.Time{}
+	c.onFast, c.priming, c.lets, c.until = true, false, false, time.Time{}
 	c.say("plug", "primary", sent, held.Dropped+held.Frames-sent)
 	c.kicks(firstKick)
 }
@@ -226,15 +228,28 @@ func (c *carrier) kicks(after time.Duration) {
 	})
 }
 
-// toStandby is for a primary whose driver has let go of it.
+// toStandby is for a primary whose driver has let go of it. A guest that has been asked to has
+// not done with that: see plugged.
 func (c *carrier) toStandby() {
 	c.begun()
 	c.do(steer.Standby)
 	c.warn(c.net.Announce())
+	c.onFast, c.priming, c.pulled, c.lets = false, false, false, true
+	if c.asked {
+		c.holdFor(quietTime)
+	} else {
+		c.release()
+	}
+}
+
+// release gives the guest what is held, and if that was for a primary that it has let go of, says so.
+func (c *carrier) release() {
 	held, err := c.net.Release()
 	c.warn(err)
-	c.onFast, c.priming, c.pulled, c.until = false, false, false, time.Time{}
-	c.say("unplug", "standby", held.Frames, held.Dropped)
+	if c.until = (time.Time{}); c.lets {
+		c.lets, c.asked = false, false
+		c.say("unplug", "standby", held.Frames, held.Dropped)
+	}
 }
 
 // say tells of a change of the way, which ends now.
@@ -258,6 +273,7 @@ func (c *carrier) leaving() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.onFast {
+		c.asked = true
 		c.warn(c.net.Hold())
 		c.do(steer.Both)
 	}
@@ -304,15 +320,17 @@ func (c *carrier) stays() {
 	c.do(steer.Primary)
 	_, _, err := c.net.TakeHeld()
 	c.warn(err)
-	c.pulled, c.since = false, time.Time{}
+	c.asked, c.pulled, c.since = false, false, time.Time{}
 }
 
 // left says that the guest has let go, for a driver that did not say so.
 func (c *carrier) left() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.onFast || c.priming {
+	if c.asked = false; c.onFast || c.priming {
 		c.toStandby()
+	} else if c.lets {
+		c.release()
 	}
 }
 
@@ -369,7 +387,7 @@ func (c *carrier) gone() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.do(steer.Gone)
-	c.onFast, c.priming, c.pulled, c.since, c.until = false, false, false, time.Time{}, time.Time{}
+	c.onFast, c.priming, c.asked, c.lets, c.pulled, c.since, c.until = false, false, false, false, false, time.Time{}, time.Time{}
 }
 
 // switches are the last changes of the way.
