@@ -117,7 +117,7 @@ func (c *carrier) used(u pci.Use) {
 	case u.Master || u.Enabled:
 		c.prime()
 		if u.Enabled {
-			c.holdFor(virtionet.HoldTime)
+			c.holdFor(quietTime)
 		}
 	case c.priming:
 		c.toStandby()
@@ -153,8 +153,9 @@ func (c *carrier) prime() {
 	c.do(steer.GiveMAC)
 }
 
-// quietTime is how long frames are held for a guest that is to look at its slot.
-const quietTime = 300 * time.Millisecond
+// quietTime is how long frames are held at most for a guest that works at its primary's slot, or
+// at its driver.
+const quietTime = time.Second
 
 // plugged is for a primary that is in its slot. A guest takes frames from the standby until its
 // driver has the primary ready, but a busy one does not get on with that while it has them to see to.

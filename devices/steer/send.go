@@ -51,7 +51,7 @@ func Send(ifname string, frames [][]byte) (sent int, err error) {
 	if len(frames) == 0 {
 		return 0, nil
 	}
-	link, err := netlink.LinkByName(ifname)
+	link, err := port(ifname)
 	if err != nil {
 		return 0, fmt.Errorf("send by %s: %w", ifname, err)
 	}

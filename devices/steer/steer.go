@@ -147,12 +147,30 @@ func (s *Steerer) remember(vf VF) {
 	}
 }
 
+// port is an interface of which only its index is known: to be told more of a PF takes milliseconds,
+// for it has to ask its device.
+func port(name string) (netlink.Link, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	ifr, err := unix.NewIfreq(name)
+	if err == nil {
+		err = unix.IoctlIfreq(fd, unix.SIOCGIFINDEX, ifr)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &netlink.Device{LinkAttrs: netlink.LinkAttrs{Name: name, Index: int(ifr.Uint32())}}, nil
+}
+
 // setMAC tells the PF which MAC the VF has; all zero: none.
 func (vf VF) setMAC(mac net.HardwareAddr) error {
 	if vf.PF == "" {
 		return nil
 	}
-	pf, err := netlink.LinkByName(vf.PF)
+	pf, err := port(vf.PF)
 	if err == nil {
 		err = netlink.LinkSetVfHardwareAddr(pf, vf.Index, mac)
 	}
@@ -168,7 +186,7 @@ func (s *Steerer) filter(pf string) (err error) {
 		return nil
 	}
 	change := func(name string, how func(*netlink.Neigh) error) error {
-		link, err := netlink.LinkByName(name)
+		link, err := port(name)
 		if err == nil {
 			err = how(&netlink.Neigh{LinkIndex: link.Attrs().Index, Family: unix.AF_BRIDGE, Flags: netlink.NTF_SELF, State: netlink.NUD_PERMANENT, HardwareAddr: s.c.MAC})
 		}

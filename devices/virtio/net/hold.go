@@ -17,7 +17,7 @@ const (
 	// HoldFrames is how many frames are held; what comes after those is dropped.
 	HoldFrames = 4096
 	// HoldTime is how long a frame is held; then it is dropped.
-	HoldTime  = time.Second
+	HoldTime  = 2 * time.Second
 	holdBytes = 64 << 20
 )
 
