@@ -117,7 +117,7 @@ func (c *carrier) used(u pci.Use) {
 	case u.Master || u.Enabled:
 		c.prime()
 		if u.Enabled {
-			c.holdFor(quietTime)
+			c.holdFor(driverTime)
 		}
 	case c.priming:
 		c.toStandby()
@@ -153,9 +153,11 @@ func (c *carrier) prime() {
 	c.do(steer.GiveMAC)
 }
 
-// quietTime is how long frames are held at most for a guest that works at its primary's slot, or
-// at its driver.
-const quietTime = time.Second
+// How long frames are held at most for a guest that works at its primary's slot, and for its driver.
+const (
+	quietTime  = 300 * time.Millisecond
+	driverTime = time.Second
+)
 
 // plugged is for a primary that is in its slot. A guest takes frames from the standby until its
 // driver has the primary ready, but a busy one does not get on with that while it has them to see to.
