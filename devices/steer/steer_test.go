@@ -45,6 +45,16 @@ func bridge(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	// What is sent before the kernel has seen the carriers is lost.
+	for _, name := range []string{"pf0", "pf1"} {
+		for up := false; !up && t.Context().Err() == nil; {
+			l, err := netlink.LinkByName(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			up = l.Attrs().OperState == netlink.OperUp
+		}
+	}
 }
 
 // where lists what the bridge and the interfaces know of the MAC.
