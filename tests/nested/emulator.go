@@ -16,7 +16,7 @@ import (
 const qemu = "qemu-system-x86_64"
 
 // emulator returns the QEMU that emulates a nested host: a copy whose VMRUN and #VMEXIT are right, or
-// the one that is installed, and that it is faulty, where its code is not as expected.
+// the one that is installed, where its code is not as expected.
 //
 // Those of QEMU 10.0's TCG (helper_vmrun and do_vmexit in target/i386/tcg/system/svm_helper.c) have
 // three faults, by which guests of any VMM fall silent or triple-fault, and L1 too:
@@ -30,27 +30,27 @@ const qemu = "qemu-system-x86_64"
 //   - After the injection of an interrupt it leaves the vector in cs->exception_index. When the loop
 //     of the CPU is then left for anything but an interrupt, the guest gets that vector for a second
 //     time, whatever its RFLAGS.IF. The copy does not store it; nobody else reads it.
-func (e env) emulator() (path string, faulty bool, err error) {
+func (e env) emulator() (path string, err error) {
 	if path, err = exec.LookPath(qemu); err != nil {
-		return "", false, err
+		return "", err
 	}
 	code, err := os.ReadFile(path)
 	if err != nil {
-		return "", false, err
+		return "", err
 	}
 	if err := correctSVM(code); err != nil {
 		say("nested host: note: guests may fall silent or triple-fault: %s is used as it is: %v", path, err)
-		return path, true, nil
+		return path, nil
 	}
 	path = filepath.Join(e.cache, "bin", qemu)
 	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, code) {
-		return path, false, nil
+		return path, nil
 	}
 	// Another run may use the old one.
 	if err := os.WriteFile(path+".new", code, 0o755); err != nil {
-		return "", false, err
+		return "", err
 	}
-	return path, false, os.Rename(path+".new", path)
+	return path, os.Rename(path+".new", path)
 }
 
 // x86 instructions, with any displacements and registers that need no prefix.

@@ -33,13 +33,12 @@ type machine struct {
 	messages chan proto.Message
 	out      string
 	start    time.Time
-	faulty   bool // emulated by a QEMU that was not corrected
+	emulated bool // by TCG
 }
 
 // A machineConfig says how to start one.
 type machineConfig struct {
 	qemu      string
-	faulty    bool // QEMU's nested SVM is not corrected: see emulator
 	kernel    kernel
 	initramfs string
 	accel     string // tcg or kvm
@@ -110,7 +109,7 @@ func boot(ctx context.Context, c machineConfig) (*machine, error) {
 	}
 	defer log.Close()
 
-	m := &machine{conn: ours, enc: json.NewEncoder(ours), messages: make(chan proto.Message), out: c.out, start: time.Now(), faulty: c.faulty}
+	m := &machine{conn: ours, enc: json.NewEncoder(ours), messages: make(chan proto.Message), out: c.out, start: time.Now(), emulated: c.accel == "tcg"}
 	m.cmd = exec.Command(c.qemu, qemuArgs(c)...)
 	m.cmd.ExtraFiles = []*os.File{theirs}
 	m.cmd.Stderr = log
@@ -204,7 +203,7 @@ func (m *machine) close() {
 	}
 }
 
-// serialize keeps the emulator on one CPU of ours: a faulty one has fewer faults there.
+// serialize keeps the emulator on one CPU of ours, where it has fewer faults.
 func (m *machine) serialize() error {
 	tasks, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", m.cmd.Process.Pid))
 	if err != nil {

@@ -132,7 +132,7 @@ func (e env) start(ctx context.Context, tty bool, out string) (*machine, error) 
 	}
 	var err error
 	if c.accel == "tcg" {
-		if c.qemu, c.faulty, err = e.emulator(); err != nil {
+		if c.qemu, err = e.emulator(); err != nil {
 			return nil, err
 		}
 	}

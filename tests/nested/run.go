@@ -114,18 +114,17 @@ func (e env) runSuites(ctx context.Context, o runOptions, patterns []string) (in
 		say("suite %s", short(s.pkg))
 		before := r.counts()
 		err := e.runSuite(ctx, m, s, o, baton, bin, r, events)
-		// A faulty emulator now and then resets the whole machine, makes a guest triple-fault,
-		// whatever its VMM, or loses an interrupt. A suite gets other chances there, slower ones,
-		// and the summary counts them.
+		// The emulation of nested SVM now and then makes a guest triple-fault, whatever its VMM. A
+		// suite gets other chances there, slower ones, and the summary counts them.
 	retry:
-		for resets, failures := 0, 0; m.faulty && ctx.Err() == nil; {
+		for resets, failures := 0, 0; m.emulated && ctx.Err() == nil; {
 			switch gone := errors.Is(err, errGone); {
 			case gone && resets < maxResets && !m.panicked():
 				resets++
 				say("nested host: QEMU ended by itself (%v), without a word from its kernel; the suite starts again in a new one", m.cmd.ProcessState)
 			case !gone && r.counts().worse(before) && failures < maxFailures:
 				failures++
-				say("suite %s failed under a faulty emulator: it starts again in a new one; logs and serial output: %s", short(s.pkg), m.out)
+				say("suite %s failed in an emulated host: it starts again in a new one; logs and serial output: %s", short(s.pkg), m.out)
 			default:
 				break retry
 			}
@@ -152,9 +151,9 @@ func (e env) runSuites(ctx context.Context, o runOptions, patterns []string) (in
 	return e.conclude(ctx, m, o, r, problems)
 }
 
-// A faulty emulator may end by itself that often under one suite, and a suite may fail there that
+// An emulated host may end by itself that often under one suite, and a suite may fail there that
 // often before it has failed.
-const maxResets, maxFailures = 3, 3
+const maxResets, maxFailures = 2, 2
 
 // conclude keeps or removes what a run left and says the result.
 func (e env) conclude(ctx context.Context, m *machine, o runOptions, r *report, problems []error) (int, error) {
