@@ -221,7 +221,9 @@ func (s *Steerer) entry(port string) error {
 		return nil
 	}
 	to := 0
-	if port != "" {
+	if port == s.c.TAP {
+		to = tap.Attrs().Index
+	} else if port != "" {
 		link, err := netlink.LinkByName(port)
 		if err != nil {
 			return fmt.Errorf("find %s: %w", port, err)
