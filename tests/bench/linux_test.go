@@ -42,8 +42,8 @@ func TestLinux(t *testing.T) {
 			}
 		}
 	})
-	takeTurns(t, "disk", startLinux, measureDisk)
-	takeTurns(t, "network", startLinux, measureTCP)
+	takeTurns(t, "disk", 2*runs, startLinux, measureDisk)
+	takeTurns(t, "network", 2*runs, startLinux, measureTCP)
 }
 
 // A linux is a guest with a disk and a NIC.
@@ -81,7 +81,7 @@ type recorder func(name, unit string, goal target, value float64)
 
 // takeTurns measures a guest of each VMM; both are there, so that nothing but the VMM changes
 // from one turn to the next. The first turns are to warm up.
-func takeTurns(t *testing.T, name string, start func(testing.TB, contender, int) *linux, measure func(context.Context, *linux, recorder) error) {
+func takeTurns(t *testing.T, name string, turns int, start func(testing.TB, contender, int) *linux, measure func(context.Context, *linux, recorder) error) {
 	turn := 0
 	live(t, name, func(t testing.TB) {
 		scrub(t)
@@ -89,7 +89,7 @@ func takeTurns(t *testing.T, name string, start func(testing.TB, contender, int)
 		for n, c := range contenders(t, "host") {
 			guests = append(guests, start(t, c, n))
 		}
-		for warm := false; turn < 2*runs; warm = true {
+		for warm := false; turn < turns; warm = true {
 			var values []func()
 			for _, l := range guests {
 				err := measure(harness.Context(t, 30*time.Second), l, func(name, unit string, goal target, value float64) {

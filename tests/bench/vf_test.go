@@ -47,7 +47,7 @@ func TestVF(t *testing.T) {
 		t.Fatalf("nettool: %v", err)
 	}
 	results.notef("VF: an 82576's, in a root port, hot-plugged but for the traffic; QEMU's ways are ACPI, its default, and native hot-plug; all times from the QMP command on")
-	takeTurns(t, "traffic",
+	takeTurns(t, "traffic", 4*runs,
 		func(t testing.TB, c contender, n int) *linux { return startVF(t, c, vfs[n], n) },
 		func(ctx context.Context, l *linux, record recorder) error {
 			return measureVFTraffic(ctx, peer, l, record)
@@ -80,7 +80,7 @@ func startVF(t testing.TB, c contender, vf harness.VF, n int) *linux {
 }
 
 func measureVFTraffic(ctx context.Context, peer *harness.Peer, l *linux, record recorder) error {
-	r, err := l.guest.Run(ctx, "@ping", vfWorld, "100", "10")
+	r, err := l.guest.Run(ctx, "@ping", vfWorld, "300", "5")
 	var ping struct {
 		Received int     `json:"received"`
 		RTT      []int64 `json:"rtt_us"`
@@ -88,19 +88,19 @@ func measureVFTraffic(ctx context.Context, peer *harness.Peer, l *linux, record 
 	if err == nil {
 		err = json.Unmarshal([]byte(r.Stdout), &ping)
 	}
-	if err != nil || ping.Received < 95 {
-		return fmt.Errorf("%d of 100 pings were answered: %v %s", ping.Received, err, r.Stderr)
+	if err != nil || ping.Received < 285 {
+		return fmt.Errorf("%d of 300 pings were answered: %v %s", ping.Received, err, r.Stderr)
 	}
 	slices.Sort(ping.RTT)
 	record("VF, ping, median", "us", target{MaxRatio: 1.03}, float64(ping.RTT[len(ping.RTT)/2]))
 	goal := target{MinRatio: 0.97}
-	from, err := l.guest.Run(ctx, "@tcp-send", vfWorld+":5001", "1", "2")
+	from, err := l.guest.Run(ctx, "@tcp-send", vfWorld+":5001", "1", "1")
 	mbit, terr := throughput(from.Stdout)
 	if err = errors.Join(err, terr); err != nil {
 		return fmt.Errorf("send from the guest: %w: %s", err, from.Stderr)
 	}
 	record("VF, TCP from the guest", "Mbit/s", goal, mbit)
-	to, err := peer.Run(ctx, l.nettool, "send", l.addr+":5001", "1", "2")
+	to, err := peer.Run(ctx, l.nettool, "send", l.addr+":5001", "1", "1")
 	if mbit, terr = throughput(to); errors.Join(err, terr) != nil {
 		return fmt.Errorf("send to the guest: %w: %s", errors.Join(err, terr), to)
 	}
