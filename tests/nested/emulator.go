@@ -15,15 +15,16 @@ import (
 
 const qemu = "qemu-system-x86_64"
 
-// emulator returns the QEMU that emulates a nested host: a copy whose VMRUN and #VMEXIT are right, or
-// the one that is installed, where its code is not as expected.
+// emulator returns the QEMU that emulates a nested host: a copy with three faults less, or the one that
+// is installed, where its code is not as expected.
 //
-// Those of QEMU 10.0's TCG (helper_vmrun and do_vmexit in target/i386/tcg/system/svm_helper.c) have
-// three faults, by which guests of any VMM fall silent or triple-fault, and L1 too:
+// In the TCG of QEMU 10.0 (target/i386/tcg), with more than one CPU:
 //
-//   - do_vmexit clears HF2_NPT_MASK when it begins; now and then it is set again when it ends. The
-//     host's own page walks then go by the guest's nested page table: it triple-faults. The copy
-//     clears it with HF2_GIF_MASK and HF2_VGIF_MASK, at the end.
+//   - cpu_clear_ignne, which every FXRSTOR and XRSTOR of any CPU calls, clears a bit of the *first* CPU's
+//     env->hflags2, without a lock. What that CPU changes there just then is undone: HF2_NPT_MASK, HF2_GIF_MASK and
+//     HF2_VGIF_MASK at a VMRUN or a #VMEXIT. A guest then walks its page tables as if they were the host's, or the host as if
+//     they were a guest's, or takes interrupts with the guest's GS: either triple-faults, within
+//     minutes. The copy returns at once. IGNNE# is for a guest that clears CR0.NE; none does.
 //   - helper_vmrun sets CPU_INTERRUPT_VIRQ in cs->interrupt_request without the lock that others set
 //     their bits under. One that another thread sets just then is lost, and with it an interrupt.
 //     The copy does it by a locked instruction.
@@ -38,7 +39,7 @@ func (e env) emulator() (path string, err error) {
 	if err != nil {
 		return "", err
 	}
-	if err := correctSVM(code); err != nil {
+	if err := correctTCG(code); err != nil {
 		say("nested host: note: guests may fall silent or triple-fault: %s is used as it is: %v", path, err)
 		return path, nil
 	}
@@ -60,8 +61,6 @@ const (
 	// mov dword [base+disp32], reg; ..., 0; mov qword ..., -1:
 	// exception_index = vector, exception_is_int = 0, exception_next_eip = -1
 	setIndex = "89 80/c0 ?? ?? ?? ?? c7 80/f8 ?? ?? ?? ?? 00 00 00 00 48 c7 80/f8 ?? ?? ?? ?? ff ff ff ff"
-	// and dword [base+disp32], ^0x101: hflags2 &= ^(HF2_GIF_MASK | HF2_VGIF_MASK)
-	clearGIF = "81 a0/f8 ?? ?? ?? ?? fe fe ff ff"
 )
 
 // find returns where the instructions are: hexadecimal bytes, value/mask, or ?? for any. It leaves
@@ -90,8 +89,8 @@ func find(code []byte, pattern string) (at []int) {
 	return at
 }
 
-// correctSVM corrects QEMU's code, or says what of it is not as expected, and leaves it alone.
-func correctSVM(file []byte) error {
+// correctTCG corrects QEMU's code, or says what of it is not as expected, and leaves it alone.
+func correctTCG(file []byte) error {
 	f, err := elf.NewFile(bytes.NewReader(file))
 	if err != nil {
 		return err
@@ -110,13 +109,13 @@ func correctSVM(file []byte) error {
 			}
 		}
 	}
-	vmrun, vmexit, inject := code["helper_vmrun"], code["do_vmexit"], at["do_interrupt_x86_hardirq"]
-	if vmrun == nil || vmexit == nil || inject == 0 {
-		return errors.New("it exports no helper_vmrun or do_vmexit")
+	vmrun, ignne, inject := code["helper_vmrun"], code["cpu_clear_ignne"], at["do_interrupt_x86_hardirq"]
+	const ret = 0xc3
+	if len(vmrun) == 0 || len(ignne) == 0 || inject == 0 {
+		return errors.New("it exports no helper_vmrun or cpu_clear_ignne")
 	}
-	gif := find(vmexit, clearGIF)
-	if len(gif) != 1 {
-		return fmt.Errorf("do_vmexit clears HF2_GIF_MASK in %d places, not in one", len(gif))
+	if ignne[0] == ret {
+		return errors.New("it has been corrected")
 	}
 	virq := find(vmrun, setVIRQ)
 	if len(virq) != 1 {
@@ -134,7 +133,7 @@ func correctSVM(file []byte) error {
 		return errors.New("helper_vmrun does not set exception_index before it injects an interrupt")
 	}
 
-	vmexit[gif[0]+6] &^= 0x40 // HF2_NPT_MASK
+	ignne[0] = ret
 	or := vmrun[virq[0]:]
 	disp := binary.LittleEndian.Uint32(or[2:])
 	copy(or, []byte{0xf0, 0x80, or[1], 0, 0, 0, 0, 0x01, 0x66, 0x90}) // lock or byte [base+disp32+1], 1; nop

@@ -14,13 +14,13 @@ func TestFind(t *testing.T) {
 	if got, want := find(code, setVIRQ), []int{1, len(code) - len(or)}; !slices.Equal(got, want) {
 		t.Errorf("found at %v, want %v: one has a prefix", got, want)
 	}
-	if got := find(code, clearGIF); got != nil {
+	if got := find(code, setIndex); got != nil {
 		t.Errorf("found %v", got)
 	}
 }
 
-// TestCorrectSVM corrects the QEMU that is installed: three instructions of it, once.
-func TestCorrectSVM(t *testing.T) {
+// TestCorrectTCG corrects the QEMU that is installed: three instructions of it, once.
+func TestCorrectTCG(t *testing.T) {
 	path, err := exec.LookPath(qemu)
 	if err != nil {
 		t.Skip("no QEMU to look at")
@@ -30,7 +30,7 @@ func TestCorrectSVM(t *testing.T) {
 		t.Fatal(err)
 	}
 	code := bytes.Clone(was)
-	if err := correctSVM(code); err != nil {
+	if err := correctTCG(code); err != nil {
 		t.Fatalf("%s: %v", path, err)
 	}
 	var runs, last int
@@ -46,10 +46,10 @@ func TestCorrectSVM(t *testing.T) {
 	if runs != 3 || len(code) != len(was) {
 		t.Errorf("%d places differ, want 3", runs)
 	}
-	if err := correctSVM(code); err == nil {
+	if err := correctTCG(code); err == nil {
 		t.Error("corrected twice")
 	}
-	if err := correctSVM(was[:1<<16]); err == nil {
+	if err := correctTCG(was[:1<<16]); err == nil {
 		t.Error("half a file is accepted")
 	}
 }
