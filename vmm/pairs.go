@@ -456,8 +456,9 @@ func (p *failoverPair) ejected() {
 	p.gone()
 }
 
-// noticeTime is how long a guest may take to notice that its device has gone.
-const noticeTime = time.Second
+// noticeTime is how long a guest may take to notice that its device has gone, until when its frames
+// are held.
+const noticeTime = virtionet.HoldTime
 
 func (p *failoverPair) stopWaiting() {
 	if p.waiting != nil {
