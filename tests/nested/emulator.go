@@ -39,8 +39,11 @@ func (e env) emulator() (path string, err error) {
 	if err != nil {
 		return "", err
 	}
-	if err := correctTCG(code); err != nil {
-		say("nested host: note: guests may fall silent or triple-fault: %s is used as it is: %v", path, err)
+	corrected, err := correctTCG(code)
+	if err != nil {
+		say("nested host: note: guests may fall silent or triple-fault: faults of %s that stay: %v", path, err)
+	}
+	if !corrected {
 		return path, nil
 	}
 	path = filepath.Join(e.cache, "bin", qemu)
@@ -89,15 +92,16 @@ func find(code []byte, pattern string) (at []int) {
 	return at
 }
 
-// correctTCG corrects QEMU's code, or says what of it is not as expected, and leaves it alone.
-func correctTCG(file []byte) error {
+// correctTCG corrects QEMU's code, and says whether it did: the first fault, or all three. The error is
+// what of it is not as expected.
+func correctTCG(file []byte) (corrected bool, err error) {
 	f, err := elf.NewFile(bytes.NewReader(file))
 	if err != nil {
-		return err
+		return false, err
 	}
 	symbols, err := f.DynamicSymbols()
 	if err != nil {
-		return err
+		return false, err
 	}
 	code := map[string][]byte{}
 	at := map[string]uint64{}
@@ -111,15 +115,13 @@ func correctTCG(file []byte) error {
 	}
 	vmrun, ignne, inject := code["helper_vmrun"], code["cpu_clear_ignne"], at["do_interrupt_x86_hardirq"]
 	const ret = 0xc3
-	if len(vmrun) == 0 || len(ignne) == 0 || inject == 0 {
-		return errors.New("it exports no helper_vmrun or cpu_clear_ignne")
+	if len(ignne) == 0 || ignne[0] == ret {
+		return false, errors.New("it exports no cpu_clear_ignne, or one that has been corrected")
 	}
-	if ignne[0] == ret {
-		return errors.New("it has been corrected")
-	}
+	ignne[0] = ret
 	virq := find(vmrun, setVIRQ)
 	if len(virq) != 1 {
-		return fmt.Errorf("helper_vmrun sets CPU_INTERRUPT_VIRQ in %d places, not in one", len(virq))
+		return true, fmt.Errorf("helper_vmrun sets CPU_INTERRUPT_VIRQ in %d places, not in one", len(virq))
 	}
 	// The one injection that goes on from here, instead of by the loop of the CPU.
 	call := -1
@@ -130,14 +132,13 @@ func correctTCG(file []byte) error {
 	}
 	index := slices.DeleteFunc(find(vmrun, setIndex), func(i int) bool { return i > call || call-i > 64 })
 	if len(index) != 1 {
-		return errors.New("helper_vmrun does not set exception_index before it injects an interrupt")
+		return true, errors.New("helper_vmrun does not set exception_index before it injects an interrupt")
 	}
 
-	ignne[0] = ret
 	or := vmrun[virq[0]:]
 	disp := binary.LittleEndian.Uint32(or[2:])
 	copy(or, []byte{0xf0, 0x80, or[1], 0, 0, 0, 0, 0x01, 0x66, 0x90}) // lock or byte [base+disp32+1], 1; nop
 	binary.LittleEndian.PutUint32(or[3:], disp+1)
 	copy(vmrun[index[0]:], []byte{0x66, 0x0f, 0x1f, 0x44, 0, 0}) // nop
-	return nil
+	return true, nil
 }

@@ -30,8 +30,16 @@ func TestCorrectTCG(t *testing.T) {
 		t.Fatal(err)
 	}
 	code := bytes.Clone(was)
-	if err := correctTCG(code); err != nil {
+	corrected, err := correctTCG(code)
+	version, verr := exec.Command(path, "--version").Output()
+	switch {
+	case verr != nil:
+		t.Fatal(verr)
+	case err != nil && bytes.Contains(version, []byte("version 10.0.2 ")): // its code is known
 		t.Fatalf("%s: %v", path, err)
+	case err != nil:
+		t.Logf("%s: corrected %v; %v", version, corrected, err)
+		return
 	}
 	var runs, last int
 	for i := range code {
@@ -46,10 +54,10 @@ func TestCorrectTCG(t *testing.T) {
 	if runs != 3 || len(code) != len(was) {
 		t.Errorf("%d places differ, want 3", runs)
 	}
-	if err := correctTCG(code); err == nil {
+	if corrected, err := correctTCG(code); corrected || err == nil {
 		t.Error("corrected twice")
 	}
-	if err := correctTCG(was[:1<<16]); err == nil {
+	if corrected, err := correctTCG(was[:1<<16]); corrected || err == nil {
 		t.Error("half a file is accepted")
 	}
 }
