@@ -1,5 +1,6 @@
 // Package lint checks what the Go tools do not: that imports go along the arrows of the
-// layout, that unsafe code is where it says it is, and that no file grows without end.
+// layout, that unsafe code is where it says it is, that no file grows without end, and that
+// nothing is kept that nobody wrote, such as a debugger's core.
 //
 //	main ──> vmm ──> {migrate, boot, devices} ──> kvm/guestmem
 //	          └────> kvm
@@ -19,8 +20,12 @@ import (
 // module is the path of the module whose files are checked.
 const module = "baton"
 
-// MaxLines is how long a file outside tests may be.
-const MaxLines = 600
+const (
+	// MaxLines is how long a file outside tests may be.
+	MaxLines = 600
+	// MaxBytes is how large any file may be, of whatever kind.
+	MaxBytes = 256 << 10
+)
 
 // A rule says what the packages of one folder, and of those below that have no rule of
 // their own, may import.
@@ -87,6 +92,24 @@ func Check(fsys fs.FS) ([]Problem, error) {
 		return err
 	})
 	return problems, err
+}
+
+// CheckKept looks at the files with these names, slash-separated: each is small, and text unless it is a test's data.
+func CheckKept(fsys fs.FS, names []string) ([]Problem, error) {
+	var problems []Problem
+	for _, name := range names {
+		data, err := fs.ReadFile(fsys, name)
+		if err != nil {
+			return problems, err
+		}
+		if len(data) > MaxBytes {
+			problems = append(problems, Problem{name, 0, fmt.Sprintf("%d bytes, at most %d: it does not belong here", len(data), MaxBytes)})
+		}
+		if bytes.IndexByte(data, 0) >= 0 && path.Base(path.Dir(name)) != "testdata" {
+			problems = append(problems, Problem{name, 0, "is binary: only what is in a folder testdata may be"})
+		}
+	}
+	return problems, nil
 }
 
 func checkFile(name string, src []byte) ([]Problem, error) {

@@ -1,7 +1,9 @@
 package lint
 
 import (
+	"bytes"
 	"os"
+	"os/exec"
 	"strings"
 	"testing"
 	"testing/fstest"
@@ -14,6 +16,43 @@ func TestRepository(t *testing.T) {
 	}
 	for _, p := range problems {
 		t.Error(p)
+	}
+}
+
+// TestKept looks at what is tracked, and at what would be with the next commit.
+func TestKept(t *testing.T) {
+	out, err := exec.Command("git", "-C", "../..", "ls-files", "-zco", "--exclude-standard").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for name := range strings.SplitSeq(strings.TrimSuffix(string(out), "\x00"), "\x00") {
+		if _, err := os.Stat("../../" + name); err == nil { // not one that has just been deleted
+			names = append(names, name)
+		}
+	}
+	if len(names) < 100 {
+		t.Errorf("git knows %d files only", len(names))
+	}
+	problems, err := CheckKept(os.DirFS("../.."), names)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range problems {
+		t.Error(p)
+	}
+}
+
+func TestCheckKept(t *testing.T) {
+	fsys := fstest.MapFS{
+		"core":            {Data: []byte("\x7fELF\x00")},
+		"large.txt":       {Data: bytes.Repeat([]byte("a"), MaxBytes+1)},
+		"a/testdata/good": {Data: []byte("\x00")},
+		"good.txt":        {Data: []byte("\xff")},
+	}
+	problems, err := CheckKept(fsys, []string{"a/testdata/good", "core", "good.txt", "large.txt"})
+	if err != nil || len(problems) != 2 || problems[0].File != "core" || problems[1].File != "large.txt" {
+		t.Errorf("problems: %v, %v", problems, err)
 	}
 }
 
