@@ -66,7 +66,12 @@ func TestBuildOnlyWhenNeeded(t *testing.T) {
 		return []file{{name: "/init", data: []byte("x"), mode: 0o755}}, nil
 	}
 	defer delete(recipes, "fake")
-	o := options{out: t.TempDir(), kernel: "1.2.3", src: t.TempDir()}
+	root := t.TempDir()
+	o := options{out: t.TempDir(), kernel: "1.2.3", src: filepath.Join(root, "guest-images")}
+	nettool := filepath.Join(root, "tests/nettool")
+	if err := errors.Join(os.Mkdir(o.src, 0o755), os.MkdirAll(nettool, 0o755)); err != nil {
+		t.Fatal(err)
+	}
 	img := filepath.Join(o.out, "fake.cpio")
 	source := filepath.Join(o.src, "main.go")
 	write := func(name, data string) func() {
@@ -84,6 +89,7 @@ func TestBuildOnlyWhenNeeded(t *testing.T) {
 		{"first", func() {}, true},
 		{"again", func() {}, false},
 		{"new source", write(source, "package main"), true},
+		{"new network tool", write(filepath.Join(nettool, "udp.go"), "package nettool"), true},
 		{"again", func() {}, false},
 		{"a test", write(filepath.Join(o.src, "main_test.go"), "package main"), false},
 		{"damaged", write(img, "half"), true},

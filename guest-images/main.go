@@ -2,7 +2,7 @@
 //
 //	go run . [-o DIR] [-root DIR] [-kernel VERSION] [-modules A,B] test|demo...
 //
-//	cmds/agent ─ go build ─> /init ──────────────────────────┐
+//	cmds/agent, ../tests/nettool ─ go build ─> /init ────────┐
 //	u-root commands ─ busybox-style ─> /bin (demo) ──────────┤
 //	busybox-static of the build host ─> /bin/busybox (test) ─┼─> DIR/test.cpio, DIR/demo.cpio
 //	/lib/modules/VERSION ─ modules.dep ─> /lib/modules ──────┘
@@ -148,8 +148,7 @@ func build(name string, o options) error {
 	return nil
 }
 
-// inputKey is a hash over all that the image is made from: this module's source, the Go
-// release, the kernel's modules, busybox and the options.
+// inputKey is a hash over all that the image is made from: the source, the Go release, the kernel's modules, busybox and the options.
 func inputKey(name string, o options) (string, error) {
 	h := sha256.New()
 	goVersion, err := output(o, "go", "version")
@@ -159,15 +158,17 @@ func inputKey(name string, o options) (string, error) {
 	fmt.Fprintf(h, "%s %s %s %q\n", name, goVersion, o.kernel, o.modules)
 	inputs := []string{busyboxPath, filepath.Join(o.root, "lib/modules", o.kernel, "modules.dep"), filepath.Join(o.root, "boot/vmlinuz-"+o.kernel)}
 	other := map[string]string{"test": "demoinit", "demo": "agent"}[name] // the other image's init
-	err = filepath.WalkDir(o.src, func(path string, d fs.DirEntry, err error) error {
-		if err == nil && d.IsDir() && d.Name() == other {
-			return fs.SkipDir
-		}
-		if err == nil && d.Type().IsRegular() && !strings.HasSuffix(path, "_test.go") {
-			inputs = append(inputs, path)
-		}
-		return err
-	})
+	for _, dir := range []string{o.src, filepath.Join(o.src, "../tests/nettool")} {
+		err = errors.Join(err, filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+			if err == nil && d.IsDir() && d.Name() == other {
+				return fs.SkipDir
+			}
+			if err == nil && d.Type().IsRegular() && !strings.HasSuffix(path, "_test.go") {
+				inputs = append(inputs, path)
+			}
+			return err
+		}))
+	}
 	for _, path := range inputs {
 		b, err := os.ReadFile(path)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -12,6 +12,7 @@ import (
 
 	"baton/tests/harness"
 	"baton/tests/journey"
+	"baton/tests/nettool"
 	"baton/vmm/timeline"
 )
 
@@ -50,7 +51,7 @@ func TestTable(t *testing.T) {
 		Way: "baton", Status: "completed", Plugged: 0.25,
 		Phases: []timeline.Phase{{Name: "RAM", From: 1, To: 1.5}},
 		Pings:  harness.Pings{Sent: 10, Lost: 1, Outages: []harness.Outage{{To: time.Time{}.Add(time.Second)}}},
-		In:     harness.DatagramResult{Lost: 3}, Out: harness.DatagramResult{Doubled: 4},
+		In:     nettool.DatagramResult{Lost: 3}, Out: nettool.DatagramResult{Doubled: 4},
 	}
 	rows := table([]*journey.Trip{trip})
 	if got := strings.Join(rows[1], "|"); got != "baton|-|500|-|250|1 of 10|1000|3, 0|0, 4|0" {

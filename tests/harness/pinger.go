@@ -1,6 +1,7 @@
 package harness
 
 import (
+	"context"
 	"encoding/binary"
 	"fmt"
 	"math"
@@ -9,6 +10,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"baton/tests/nettool"
 )
 
 // A Pinger sends echo requests at a fixed pace and knows when each answer came: how long a
@@ -22,6 +25,9 @@ type Pinger struct {
 	mu    sync.Mutex
 	sent  []time.Time // by number
 	heard []time.Time // zero: no answer
+
+	awaited uint64        // see Wait
+	answer  chan struct{} // closed when that request, or a later one, is answered; nil: nobody waits
 }
 
 // An Outage is a time without answers.
@@ -58,7 +64,7 @@ func (p *Peer) Pinger(addr string, interval time.Duration) *Pinger {
 	p.t.Helper()
 	var conn net.Conn
 	must(p.t, "ping "+addr, p.Do(func() (err error) { conn, err = net.Dial("ip4:icmp", addr); return err }))
-	must(p.t, "ping "+addr, roomy(conn.(*net.IPConn)))
+	must(p.t, "ping "+addr, nettool.Roomy(conn.(*net.IPConn)))
 	return newPinger(p.t, conn.(*net.IPConn), interval)
 }
 
@@ -128,7 +134,26 @@ func (p *Pinger) receive() {
 		if i < uint64(len(p.heard)) && p.heard[i].IsZero() {
 			p.heard[i] = now
 		}
+		if p.answer != nil && i >= p.awaited {
+			close(p.answer)
+			p.answer = nil
+		}
 		p.mu.Unlock()
+	}
+}
+
+// Wait waits until a request has been answered that comes after the next n: by then those that are under
+// way now are back, or lost. One may wait at a time.
+func (p *Pinger) Wait(ctx context.Context, n int) error {
+	answer := make(chan struct{})
+	p.mu.Lock()
+	p.awaited, p.answer = uint64(len(p.sent)+n), answer
+	p.mu.Unlock()
+	select {
+	case <-answer:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("ping: no answer: %w", ctx.Err())
 	}
 }
 
@@ -164,6 +189,9 @@ func (p *Pinger) Pings() (r Pings) {
 	slices.SortStableFunc(r.Outages, func(a, b Outage) int { return int(b.Duration() - a.Duration()) })
 	return r
 }
+
+// A Sample is a value at a time, in seconds since 1970.
+type Sample struct{ At, Millis float64 }
 
 // Series are the round trips in milliseconds by the time of the request, NaN for one without
 // an answer.

@@ -15,14 +15,11 @@ func TestPinger(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := newPinger(t, conn.(*net.IPConn), time.Millisecond)
-	for end := time.Now().Add(10 * time.Second); p.Pings().Sent < 50; {
-		if time.Now().After(end) {
-			t.Fatal("no answers")
-		}
-		<-time.After(10 * time.Millisecond)
+	if err := p.Wait(Context(t, 10*time.Second), 50); err != nil {
+		t.Fatal(err)
 	}
 	p.Stop()
-	if r := p.Pings(); r.Lost != 0 || r.Longest().Duration() <= 0 || len(r.Outages) != r.Sent-1 {
+	if r := p.Pings(); r.Lost != 0 || r.Longest().Duration() <= 0 || r.Sent <= 50 || len(r.Outages) != r.Sent-1 {
 		t.Errorf("%v, %d outages", r, len(r.Outages))
 	}
 }

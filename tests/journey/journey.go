@@ -26,6 +26,7 @@ import (
 	"time"
 
 	"baton/tests/harness"
+	"baton/tests/nettool"
 	"baton/vmm/timeline"
 
 	"github.com/vishvananda/netlink"
@@ -38,6 +39,7 @@ const (
 	PeerIP   = "10.99.0.2"
 	peerPort = 7001
 	pings    = 5 * time.Millisecond
+	late     = 100 // pings after the last step: what it has lost, or held, shows in them
 )
 
 // UDPRate is how many datagrams a second go each way; an emulated host has no time for so many.
@@ -259,7 +261,7 @@ type Trip struct {
 	Error          string
 	Pings          harness.Pings
 	PingSeries     []timeline.Point // round trips in ms
-	In, Out        harness.DatagramResult
+	In, Out        nettool.DatagramResult
 	Rate           []timeline.Point // datagrams from the guest, a second
 	TCP            harness.EchoResult
 	Query          json.RawMessage // the source's query-migrate
@@ -283,13 +285,15 @@ func (w *World) Load(ctx context.Context, m *Machine) *Load {
 	l := &Load{w: w, pinger: w.Peer.Pinger(GuestIP, pings)}
 	local, guest := fmt.Sprintf("%s:%d", PeerIP, peerPort), fmt.Sprintf("%s:%d", GuestIP, peerPort)
 	if err := w.Peer.Do(func() (err error) {
-		l.udp, err = harness.StartDatagrams(local, guest, rate)
+		l.udp, err = nettool.StartDatagrams(local, guest, rate)
 		return err
 	}); err != nil {
 		w.T.Fatal(err)
 	}
 	m.Output(ctx, "@udp", guest, local, fmt.Sprint(rate))
-	l.udp.Settle(ctx)
+	if err := l.udp.Wait(ctx); err != nil {
+		w.T.Fatal(err)
+	}
 	if !w.echoes {
 		m.Output(ctx, "@tcp-echo", GuestIP+":7002")
 		w.echoes = true
@@ -305,7 +309,7 @@ func (w *World) Load(ctx context.Context, m *Machine) *Load {
 type Load struct {
 	w      *World
 	pinger *harness.Pinger
-	udp    *harness.Datagrams
+	udp    *nettool.Datagrams
 	tcp    *harness.Echo
 }
 
@@ -321,8 +325,8 @@ func (l *Load) Stop(ctx context.Context, m *Machine, t *Trip) {
 	}
 	t.Out = l.udp.Stop()
 	t.TCP = l.tcp.Stop()
-	for _, p := range l.udp.Rate() {
-		t.Rate = append(t.Rate, timeline.Point{Time: p.At, Value: p.Millis})
+	for at, rate := range l.udp.Rate() {
+		t.Rate = append(t.Rate, timeline.Point{Time: at, Value: rate})
 	}
 }
 
@@ -363,7 +367,9 @@ func (w *World) Travel(ctx context.Context, way Way, from, to *Machine) *Trip {
 		}
 	}
 	w.Peer.Ping(ctx, GuestIP)
-	time.Sleep(500 * time.Millisecond) // for what comes late
+	if err := load.pinger.Wait(ctx, late); err != nil {
+		w.T.Fatal(err)
+	}
 	load.Stop(ctx, here, t)
 	t.Guest = strings.Join(strings.Fields(here.Sh(ctx, guestDrops)), " ")
 	t.Source, t.Target = from.Log.Events(), to.Log.Events()

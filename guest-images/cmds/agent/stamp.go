@@ -248,26 +248,11 @@ type tcpStamps struct {
 	err                error
 }
 
-func stampTCP(a []string) (any, error) {
-	l, err := net.Listen("tcp", a[0])
-	if err != nil {
-		return nil, err
-	}
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			stamps.tcp.connections.Add(1)
-			go stamps.tcp.receive(c)
-		}
-	}()
-	return l.Addr().String() + "\n", nil
-}
+func stampTCP(a []string) (any, error) { return listen(a[0], stamps.tcp.receive) }
 
 func (s *tcpStamps) receive(c net.Conn) {
 	defer c.Close()
+	s.connections.Add(1)
 	// Each chunk is kept for a while: what is written to its pages after they were
 	// copied would show.
 	kept := make([][]byte, 64)

@@ -15,8 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"baton/guest-images/guest"
-	"baton/guest-images/nettool"
 	"baton/guest-images/proto"
+	"baton/tests/nettool"
 )
 
 // verb is a command of the agent itself. It returns a string, or something for JSON.
@@ -72,9 +72,9 @@ func runVerb(name string, args []string) proto.Response {
 	return proto.Response{Stdout: out, After: v.after}
 }
 
-// tcpEcho sends back what comes by each connection.
-func tcpEcho(a []string) (any, error) {
-	l, err := net.Listen("tcp", a[0])
+// listen has serve, which closes it, take each connection that comes; it says where it listens.
+func listen(addr string, serve func(net.Conn)) (any, error) {
+	l, err := net.Listen("tcp", addr)
 	if err != nil {
 		return nil, err
 	}
@@ -82,15 +82,21 @@ func tcpEcho(a []string) (any, error) {
 		for {
 			c, err := l.Accept()
 			if err != nil {
+				report(err)
 				return
 			}
-			go func() {
-				defer c.Close()
-				_, _ = io.Copy(c, c)
-			}()
+			go serve(c)
 		}
 	}()
 	return l.Addr().String() + "\n", nil
+}
+
+// tcpEcho sends back what comes by each connection.
+func tcpEcho(a []string) (any, error) {
+	return listen(a[0], func(c net.Conn) {
+		defer c.Close()
+		_, _ = io.Copy(c, c)
+	})
 }
 
 // datagrams is the stream under way.
@@ -228,14 +234,7 @@ func fallocate(a []string) (any, error) {
 	return "", unix.Fallocate(int(f.Fd()), mode|unix.FALLOC_FL_KEEP_SIZE, off, n)
 }
 
-func tcpServe(a []string) (any, error) {
-	l, err := net.Listen("tcp", a[0])
-	if err != nil {
-		return nil, err
-	}
-	go func() { report(nettool.Serve(l)) }()
-	return l.Addr().String() + "\n", nil
-}
+func tcpServe(a []string) (any, error) { return listen(a[0], nettool.Receive) }
 
 func tcpSend(a []string) (any, error) {
 	streams, err := strconv.Atoi(a[1])

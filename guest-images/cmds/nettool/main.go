@@ -9,7 +9,7 @@ import (
 	"strconv"
 	"time"
 
-	"baton/guest-images/nettool"
+	"baton/tests/nettool"
 )
 
 func main() {

@@ -6,13 +6,21 @@ import (
 )
 
 func TestDatagrams(t *testing.T) {
-	d := &Datagrams{seen: map[uint64]int{}}
+	d := &Datagrams{comes: make(chan struct{}), seen: map[uint64]int{}}
 	now := time.Now()
 	for i, n := range []uint64{5, 6, 8, 7, 7, 11} {
 		d.take(n, now.Add(time.Duration(i)*time.Millisecond))
 	}
 	if r := d.Result(); r != (DatagramResult{Received: 6, Lost: 2, Doubled: 1, Reordered: 1, GapMicros: 1000}) {
 		t.Errorf("%+v", r)
+	}
+	if err := d.Wait(t.Context()); err != nil {
+		t.Error(err)
+	}
+	for at, rate := range d.Rate() {
+		if want := float64(now.UnixMicro()) / 1e6; at != want || rate != 6/rateStep.Seconds() {
+			t.Errorf("at %v %v a second, want 6 in %v at %v", at, rate, rateStep, want)
+		}
 	}
 }
 

@@ -1,5 +1,6 @@
-// Package nettool measures TCP throughput between two ends that both run it. A sender
-// counts what the receiver confirms, not what went into its own socket buffers.
+// Package nettool measures a network between two ends that both run it, the peer's and the guest's:
+// TCP throughput, where a sender counts what the receiver confirms, not what went into its own
+// socket buffers; and numbered datagrams. Guests build it into their images, from another module.
 package nettool
 
 import (
@@ -26,13 +27,15 @@ func Serve(l net.Listener) error {
 		if err != nil {
 			return err
 		}
-		go func() {
-			defer c.Close()
-			n, err := drain(c)
-			if err == nil {
-				_, _ = c.Write(binary.BigEndian.AppendUint64(nil, n))
-			}
-		}()
+		go Receive(c)
+	}
+}
+
+// Receive serves one sender until it ends.
+func Receive(c net.Conn) {
+	defer c.Close()
+	if n, err := drain(c); err == nil {
+		_, _ = c.Write(binary.BigEndian.AppendUint64(nil, n))
 	}
 }
 

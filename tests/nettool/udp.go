@@ -1,9 +1,11 @@
-package harness
+package nettool
 
 import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
+	"iter"
 	"net"
 	"sync"
 	"syscall"
@@ -12,15 +14,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// This is the peer's end of the agent's @udp; guest-images/nettool, which is of another module,
-// has the guest's.
-
 // Datagrams is a stream of numbered datagrams to somebody who does the same, and what became
 // of the other one's.
 type Datagrams struct {
-	conn *net.UDPConn
-	stop chan struct{}
-	done sync.WaitGroup
+	conn  *net.UDPConn
+	stop  chan struct{}
+	comes chan struct{} // closed at the first that came
+	done  sync.WaitGroup
 
 	mu      sync.Mutex
 	sent    uint64
@@ -36,25 +36,28 @@ type Datagrams struct {
 // rateStep is the time over which Rate counts.
 const rateStep = 20 * time.Millisecond
 
-// A Sample is a value at a time, in seconds since 1970.
-type Sample struct{ At, Millis float64 }
-
-// Settle waits until datagrams come.
-func (d *Datagrams) Settle(ctx context.Context) {
-	for d.Result().Received == 0 && ctx.Err() == nil {
-		time.Sleep(time.Millisecond)
+// Wait waits until datagrams come.
+func (d *Datagrams) Wait(ctx context.Context) error {
+	select {
+	case <-d.comes:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("datagrams: none has come: %w", ctx.Err())
 	}
 }
 
-// Rate is how many came a second, over time.
-func (d *Datagrams) Rate() (list []Sample) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for i, n := range d.buckets {
-		at := d.begin.Add(time.Duration(i) * rateStep)
-		list = append(list, Sample{float64(at.UnixMicro()) / 1e6, float64(n) / rateStep.Seconds()})
+// Rate is how many came a second, over time in seconds since 1970.
+func (d *Datagrams) Rate() iter.Seq2[float64, float64] {
+	return func(yield func(at, rate float64) bool) {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		for i, n := range d.buckets {
+			at := d.begin.Add(time.Duration(i) * rateStep)
+			if !yield(float64(at.UnixMicro())/1e6, float64(n)/rateStep.Seconds()) {
+				return
+			}
+		}
 	}
-	return list
 }
 
 // DatagramResult is what came. Numbers between the first and the highest that did not are lost.
@@ -81,11 +84,11 @@ func StartDatagrams(local, to string, rate int) (*Datagrams, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := roomy(conn); err != nil {
+	if err := Roomy(conn); err != nil {
 		conn.Close()
 		return nil, err
 	}
-	d := &Datagrams{conn: conn, stop: make(chan struct{}), seen: map[uint64]int{}}
+	d := &Datagrams{conn: conn, stop: make(chan struct{}), comes: make(chan struct{}), seen: map[uint64]int{}}
 	d.done.Go(func() { d.send(dest, rate) })
 	d.done.Go(d.receive)
 	return d, nil
@@ -137,6 +140,7 @@ func (d *Datagrams) take(number uint64, now time.Time) {
 	r := &d.result
 	if len(d.seen) == 0 {
 		d.first, d.highest, d.last, d.begin = number, number, now, now
+		close(d.comes)
 	}
 	for i := int(now.Sub(d.begin) / rateStep); len(d.buckets) <= i; {
 		d.buckets = append(d.buckets, 0)
@@ -175,8 +179,8 @@ func (d *Datagrams) Stop() DatagramResult {
 	return d.Result()
 }
 
-// roomy has a socket keep what comes while nobody has time to read it: some MiB, as root may.
-func roomy(conn syscall.Conn) error {
+// Roomy has a socket keep what comes while nobody has time to read it: some MiB, as root may.
+func Roomy(conn syscall.Conn) error {
 	raw, err := conn.SyscallConn()
 	if err != nil {
 		return err
