@@ -43,13 +43,12 @@ func iocOf[T any](dir, nr uintptr, name string) request {
 
 // System ioctls.
 var (
-	kvmGetAPIVersion          = ioc(0x00, "KVM_GET_API_VERSION")
-	kvmCreateVM               = ioc(0x01, "KVM_CREATE_VM")
-	kvmGetMSRIndexList        = iocOf[uint32](iocRead|iocWrite, 0x02, "KVM_GET_MSR_INDEX_LIST")
-	kvmCheckExtension         = ioc(0x03, "KVM_CHECK_EXTENSION")
-	kvmGetVCPUMmapSize        = ioc(0x04, "KVM_GET_VCPU_MMAP_SIZE")
-	kvmGetSupportedCPUID      = iocOf[listHeader](iocRead|iocWrite, 0x05, "KVM_GET_SUPPORTED_CPUID")
-	kvmGetMSRFeatureIndexList = iocOf[uint32](iocRead|iocWrite, 0x0a, "KVM_GET_MSR_FEATURE_INDEX_LIST")
+	kvmGetAPIVersion     = ioc(0x00, "KVM_GET_API_VERSION")
+	kvmCreateVM          = ioc(0x01, "KVM_CREATE_VM")
+	kvmGetMSRIndexList   = iocOf[uint32](iocRead|iocWrite, 0x02, "KVM_GET_MSR_INDEX_LIST")
+	kvmCheckExtension    = ioc(0x03, "KVM_CHECK_EXTENSION")
+	kvmGetVCPUMmapSize   = ioc(0x04, "KVM_GET_VCPU_MMAP_SIZE")
+	kvmGetSupportedCPUID = iocOf[listHeader](iocRead|iocWrite, 0x05, "KVM_GET_SUPPORTED_CPUID")
 )
 
 // VM ioctls.
@@ -80,7 +79,7 @@ var (
 	kvmGetRegs       = iocOf[Regs](iocRead, 0x81, "KVM_GET_REGS")
 	kvmSetRegs       = iocOf[Regs](iocWrite, 0x82, "KVM_SET_REGS")
 	kvmTranslate     = iocOf[gokvm.Translation](iocRead|iocWrite, 0x85, "KVM_TRANSLATE")
-	kvmGetMSRs       = iocOf[listHeader](iocRead|iocWrite, 0x88, "KVM_GET_MSRS") // of System as well
+	kvmGetMSRs       = iocOf[listHeader](iocRead|iocWrite, 0x88, "KVM_GET_MSRS")
 	kvmSetMSRs       = iocOf[listHeader](iocWrite, 0x89, "KVM_SET_MSRS")
 	kvmGetLAPIC      = iocOf[LAPIC](iocRead, 0x8e, "KVM_GET_LAPIC")
 	kvmSetLAPIC      = iocOf[LAPIC](iocWrite, 0x8f, "KVM_SET_LAPIC")
@@ -128,7 +127,6 @@ const (
 	CapSplitIRQChip           Cap = 121
 	CapIOEventFDAnyLength     Cap = 122
 	CapImmediateExit          Cap = 136
-	CapGetMSRFeatures         Cap = 153
 	CapManualDirtyLogProtect2 Cap = 168 // bits for EnableManualDirtyLog
 	CapDirtyLogRing           Cap = 192 // largest ring in bytes
 	CapSregs2                 Cap = 200

@@ -27,7 +27,6 @@ var abi = []struct {
 	{"KVM_CHECK_EXTENSION", kvmCheckExtension.nr, ""},
 	{"KVM_GET_VCPU_MMAP_SIZE", kvmGetVCPUMmapSize.nr, ""},
 	{"KVM_GET_SUPPORTED_CPUID", kvmGetSupportedCPUID.nr, ""},
-	{"KVM_GET_MSR_FEATURE_INDEX_LIST", kvmGetMSRFeatureIndexList.nr, ""},
 	// VM ioctls.
 	{"KVM_CREATE_VCPU", kvmCreateVCPU.nr, ""},
 	{"KVM_GET_DIRTY_LOG", kvmGetDirtyLog.nr, ""},
@@ -153,7 +152,6 @@ var abi = []struct {
 	{"KVM_DIRTY_GFN_F_RESET", dirtyGFNReset, ""},
 	{"KVM_DIRTY_LOG_PAGE_OFFSET", dirtyLogPageOffset, ""},
 	{"KVM_CPUID_FLAG_SIGNIFCANT_INDEX", flagSignificantIndex, ""},
-	{"KVM_CLOCK_TSC_STABLE", ClockTSCStable, ""},
 	{"KVM_CLOCK_REALTIME", ClockRealtime, ""},
 	{"KVM_CLOCK_HOST_TSC", ClockHostTSC, ""},
 	{"KVM_MP_STATE_RUNNABLE", uintptr(MPRunnable), ""},

@@ -40,7 +40,6 @@ var features = []Feature{
 	{"KVM_CAP_READONLY_MEM", CapReadonlyMem, "3.7", "ROM of passed-through devices", optional, false, 0},
 	{"KVM_CAP_IOEVENTFD_ANY_LENGTH", CapIOEventFDAnyLength, "4.4", "faster doorbells", optional, false, 0},
 	{"KVM_CAP_TSC_CONTROL", CapTSCControl, "2.6.39", "needs TSC scaling in the CPU; without it a guest migrates only between hosts of one TSC frequency", optional, false, 0},
-	{"KVM_CAP_GET_MSR_FEATURES", CapGetMSRFeatures, "4.17", "check of the CPUs before a migration", optional, false, 0},
 	{"KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", CapManualDirtyLogProtect2, "5.2", "without it a migration stalls the guest at each round", optional, false, 0},
 	{"KVM_CAP_DIRTY_LOG_RING", CapDirtyLogRing, "5.11", "dirty tracking whose cost follows the guest's writes, not its size", optional, false, 0},
 	{"KVM_CAP_BINARY_STATS_FD", CapBinaryStatsFD, "5.14", "statistics of exits", optional, false, 0},

@@ -78,30 +78,26 @@ func (v *VCPU) SetTSCOffset(offset uint64) error {
 // MSRs reads model-specific registers. Those that the kernel refuses are not in the result
 // but in refused, by index.
 func (v *VCPU) MSRs(indices []uint32) (msrs []MSR, refused []uint32, err error) {
-	return getMSRs(v.fd, indices)
-}
-
-// SetMSRs writes registers in the order given, and returns those that the kernel refused.
-func (v *VCPU) SetMSRs(msrs []MSR) (refused []uint32, err error) {
-	_, refused, err = eachMSR(v.fd, kvmSetMSRs, msrs)
-	return refused, err
-}
-
-func getMSRs(fd int, indices []uint32) (msrs []MSR, refused []uint32, err error) {
 	want := make([]MSR, len(indices))
 	for i, index := range indices {
 		want[i].Index = index
 	}
-	return eachMSR(fd, kvmGetMSRs, want)
+	return v.eachMSR(kvmGetMSRs, want)
+}
+
+// SetMSRs writes registers in the order given, and returns those that the kernel refused.
+func (v *VCPU) SetMSRs(msrs []MSR) (refused []uint32, err error) {
+	_, refused, err = v.eachMSR(kvmSetMSRs, msrs)
+	return refused, err
 }
 
 // eachMSR gets or sets in batches. The kernel stops at the first register that it refuses
 // and returns how many it did: that one is skipped.
-func eachMSR(fd int, r request, msrs []MSR) (done []MSR, refused []uint32, err error) {
+func (v *VCPU) eachMSR(r request, msrs []MSR) (done []MSR, refused []uint32, err error) {
 	l := new(msrList)
 	for len(msrs) > 0 {
 		l.n = uint32(copy(l.entries[:], msrs))
-		n, err := ioctl(fd, r, l)
+		n, err := ioctl(v.fd, r, l)
 		if err != nil {
 			return done, refused, err
 		}

@@ -81,22 +81,10 @@ func (s *System) SupportedCPUID() ([]CPUIDEntry, error) {
 }
 
 // MSRIndices lists the MSRs that make up a vCPU's state. The kernel may still refuse some.
-func (s *System) MSRIndices() ([]uint32, error) { return getIndices(s.fd, kvmGetMSRIndexList) }
-
-// FeatureMSRs reads the MSRs that describe the host's features; refused ones are left out.
-func (s *System) FeatureMSRs() ([]MSR, error) {
-	indices, err := getIndices(s.fd, kvmGetMSRFeatureIndexList)
-	if err != nil {
-		return nil, err
-	}
-	msrs, _, err := getMSRs(s.fd, indices)
-	return msrs, err
-}
-
-func getIndices(fd int, r request) ([]uint32, error) {
+func (s *System) MSRIndices() ([]uint32, error) {
 	var l msrIndexList
 	l.n = uint32(len(l.indices))
-	if _, err := ioctl(fd, r, &l); err != nil {
+	if _, err := ioctl(s.fd, kvmGetMSRIndexList, &l); err != nil {
 		return nil, err
 	}
 	return l.indices[:l.n], nil

@@ -52,9 +52,8 @@ func (vm *VM) SetIdentityMapAddr(gpa uint64) error {
 
 // Flags of ClockData, KVM_CLOCK_*.
 const (
-	ClockTSCStable = 1 << 1 // all vCPUs derive kvm-clock from one TSC reading
-	ClockRealtime  = 1 << 2 // Realtime is valid (Linux 5.16)
-	ClockHostTSC   = 1 << 3 // HostTSC is valid (Linux 5.16)
+	ClockRealtime = 1 << 2 // Realtime is valid (Linux 5.16)
+	ClockHostTSC  = 1 << 3 // HostTSC is valid (Linux 5.16)
 )
 
 // Clock reads kvm-clock, together with the host's real time and TSC of the same moment

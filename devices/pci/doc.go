@@ -35,7 +35,7 @@
 // A Slot has one lock, taken before that of the RootComplex. The RootComplex has one lock for the tree and for what the BARs decode. Each Config has
 // one for its bytes, taken inside the former; it is a leaf. BAR.Mapped runs with the tree's
 // lock held, so that calls come in the order of the changes: it must not use a Bus or the
-// RootComplex. Hooks (OnRead, OnWrite), Function.Reset and MSIX.OnChange run with no lock
+// RootComplex. Hooks (OnRead, OnWrite), and Function.Reset run with no lock
 // held and may do so; as two vCPUs may run the same one at the same time, they act on what
 // the registers say when they look, not on what was written.
 package pci

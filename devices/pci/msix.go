@@ -27,7 +27,6 @@ type MSIX struct {
 	window     devices.Range
 	table, pba uint64 // in the window
 	vectors    []devices.Vector
-	onChange   func(vector int)
 
 	mu       sync.Mutex // held while vectors are programmed, so that the last write wins
 	entries  []byte
@@ -101,10 +100,6 @@ func (m *MSIX) Signal(i int) {
 // Enabled says whether the guest has enabled MSI-X.
 func (m *MSIX) Enabled() bool { return m.c.Uint16(m.off+msixControl)&msixEnable != 0 }
 
-// OnChange has f called after a vector was masked, unmasked or, while unmasked, got another
-// message. It is set before the guest runs.
-func (m *MSIX) OnChange(f func(vector int)) { m.onChange = f }
-
 // Masked says whether signals of vector i wait: MSI-X is off, all are masked, or it is.
 func (m *MSIX) Masked(i int) bool {
 	m.mu.Lock()
@@ -176,7 +171,6 @@ func (m *MSIX) program(from, to int) {
 
 // apply is program for who wants the error.
 func (m *MSIX) apply(from, to int) error {
-	var changed []int
 	var errs []error
 	m.mu.Lock()
 	control := m.c.Uint16(m.off + msixControl)
@@ -189,14 +183,8 @@ func (m *MSIX) apply(from, to int) error {
 		}
 		errs = append(errs, m.vectors[i].Set(msg, !unmasked))
 		m.unmasked[i], m.messages[i] = unmasked, msg
-		changed = append(changed, i)
 	}
 	m.mu.Unlock()
-	if m.onChange != nil {
-		for _, i := range changed {
-			m.onChange(i)
-		}
-	}
 	m.c.used()
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("program MSI-X vectors: %w", err)

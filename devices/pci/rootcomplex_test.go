@@ -251,7 +251,6 @@ func TestConcurrentAccess(t *testing.T) {
 	f := newFunction(t, "f", mib)
 	add(t, p.Secondary(), 0, 0, f)
 	other := newFunction(t, "g", 0)
-	f.msix.OnChange(func(i int) { _ = f.msix.Masked(i); m.Walk(func(BDF, Function) {}) })
 	m.assign(t)
 	fa, pa := NewBDF(1, 0, 0), NewBDF(0, 1, 0)
 	mem, pref, high := m.read32(fa, regBAR), m.read32(fa, regBAR+16), m.read32(fa, regBAR+20)

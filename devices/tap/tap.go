@@ -304,31 +304,14 @@ func (t *TAP) Send(frame []byte) error {
 	return nil
 }
 
-// Link reads the attributes of the interface: HardwareAddr is the host's own address on it,
-// which has to differ from the guest's, MTU its longest payload in bytes.
-func (t *TAP) Link() (*netlink.LinkAttrs, error) {
-	link, err := netlink.LinkByName(t.name)
-	if err != nil {
-		return nil, fmt.Errorf("read TAP %s: %w", t.name, err)
-	}
-	return link.Attrs(), nil
-}
-
-// SetMTU changes the MTU, 68 to 65521 bytes.
-func (t *TAP) SetMTU(n int) error {
-	return t.change(fmt.Sprintf("set MTU %d", n), func(l netlink.Link) error { return netlink.LinkSetMTU(l, n) })
-}
-
 // SetUp brings the interface up, which an up-script does otherwise.
-func (t *TAP) SetUp() error { return t.change("set up", netlink.LinkSetUp) }
-
-func (t *TAP) change(op string, f func(netlink.Link) error) error {
+func (t *TAP) SetUp() error {
 	link, err := netlink.LinkByName(t.name)
 	if err == nil {
-		err = f(link)
+		err = netlink.LinkSetUp(link)
 	}
 	if err != nil {
-		return fmt.Errorf("%s of TAP %s: %w", op, t.name, err)
+		return fmt.Errorf("set up of TAP %s: %w", t.name, err)
 	}
 	return nil
 }

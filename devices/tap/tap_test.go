@@ -202,24 +202,14 @@ func TestPassedQueues(t *testing.T) {
 	}
 }
 
-func TestLink(t *testing.T) {
+func TestSetUp(t *testing.T) {
 	taptest.Netns(t)
 	tap := open(t, Config{Name: "t0"})
-	if err := tap.SetMTU(9000); err != nil {
-		t.Error(err)
-	}
 	if err := tap.SetUp(); err != nil {
 		t.Error(err)
 	}
-	link, err := tap.Link()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if link.MTU != 9000 || link.RawFlags&unix.IFF_UP == 0 || len(link.HardwareAddr) != 6 {
-		t.Errorf("MTU %d, flags %#x, MAC %v", link.MTU, link.RawFlags, link.HardwareAddr)
-	}
-	if err := tap.SetMTU(1 << 20); err == nil || !strings.Contains(err.Error(), "set MTU 1048576 of TAP t0") {
-		t.Errorf("an MTU of 1 MiB: %v", err)
+	if link, err := netlink.LinkByName("t0"); err != nil || link.Attrs().RawFlags&unix.IFF_UP == 0 {
+		t.Errorf("%+v, %v", link, err)
 	}
 }
 
