@@ -35,8 +35,9 @@ type Source struct {
 	undos   []func()
 
 	paused, running   bool
-	offered, released bool // the disks' locks
-	committed         bool // guarded by mu: past the last moment to cancel
+	offered, released bool      // the disks' locks
+	committed         bool      // guarded by mu: past the last moment to cancel
+	preparing         time.Time // since when; zero: it is not
 	stopped           time.Time
 
 	goOn    chan struct{}     // Continue
@@ -145,6 +146,9 @@ func (s *Source) Stats() Stats {
 	st := s.snapshot(s.m.Memory())
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if !s.preparing.IsZero() {
+		st.PrepareTime = time.Since(s.preparing)
+	}
 	for i, c := range s.conns {
 		n := c.Sent()
 		st.RAM.Transferred += n
@@ -417,14 +421,15 @@ func (s *Source) prepare() error {
 		return s.why(nil)
 	}
 	s.enter(SourcePreparing)
-	begin := time.Now()
-	s.note(func(st *Stats) { st.PrepareTime = 0 })
+	s.mu.Lock()
+	s.preparing = time.Now()
+	s.mu.Unlock()
+	defer s.note(func(st *Stats) { st.PrepareTime, s.preparing = time.Since(s.preparing), time.Time{} })
 	for _, p := range s.o.Preparers {
 		undo, err := p.Prepare(s.ctx)
 		if undo != nil {
 			s.undos = append(s.undos, undo)
 		}
-		s.note(func(st *Stats) { st.PrepareTime = time.Since(begin) })
 		if err = s.why(err); err != nil {
 			return err
 		}

@@ -141,6 +141,9 @@ func (m *Machine) migrationCommands() []qmp.Command {
 			return none, m.migration.source.Continue()
 		}),
 		qmp.New("migrate-recover", func(a recoverArgs) (none qmp.None, err error) { return none, m.recoverMigration(a.URI) }),
+		qmp.New("migrate-pause", func(qmp.None) (none qmp.None, err error) {
+			return none, qmp.Errorf(qmp.GenericError, "migrate-pause is currently only supported during postcopy-active or postcopy-recover state")
+		}),
 		qmp.New("x-migrate-decide", func(a decideArgs) (none qmp.None, err error) { return none, m.decideMigration(a.RunHere) }),
 		qmp.New("migrate-set-capabilities", func(a capabilitiesArgs) (none qmp.None, err error) { return none, m.setCapabilities(a) }),
 		qmp.Query("query-migrate-capabilities", func() (list []capabilityState) {

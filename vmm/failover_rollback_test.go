@@ -1,10 +1,12 @@
 package vmm
 
 import (
+	"encoding/json"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"baton/vmm/failover"
 )
@@ -110,4 +112,46 @@ func TestSteeringFails(t *testing.T) {
 	if got := d.event("FAILOVER_SWITCHED", ""); !strings.Contains(got, `"point":"plug","to":"primary"`) {
 		t.Error(got)
 	}
+}
+
+// While the guest is asked, query-migrate says for how long, for which device and how far its slot
+// is; a cancel answers at once, however silent the guest is.
+func TestWaitUnplug(t *testing.T) {
+	s := negotiated(t)
+	_, uri := target(t, both("on")...)
+	s.leaves(uri)
+	s.reaches("wait-unplug", notYet...)
+	ask := func(slot string, after int64) (elapsed int64) {
+		t.Helper()
+		for begin := time.Now(); time.Since(begin) < patience; {
+			var info migrationInfo
+			if err := json.Unmarshal([]byte(s.execute("query-migrate", nil)), &info); err != nil {
+				t.Fatal(err)
+			}
+			if *info.Status != "wait-unplug" || info.PrepareTime == nil || info.TotalTime == nil || *info.TotalTime < *info.PrepareTime || len(info.Failover) != 1 {
+				t.Fatalf("%+v", info)
+			}
+			p := info.Failover[0]
+			if *p.Primary != "primary0" || p.State != failover.Unplugging || *p.Unplug != "cooperative" || string(*p.Slot) != slot {
+				t.Fatalf("want a slot that is %s: %s", slot, s.execute("query-migrate", nil))
+			}
+			if *info.PrepareTime > after && p.For > after {
+				return *info.PrepareTime
+			}
+		}
+		t.Fatal("no time passes")
+		return 0
+	}
+	was := ask("requested", 0)
+	for _, code := s.slotEvent(); code != 3; _, code = s.slotEvent() { // the guest begins, and does not end
+	}
+	ask("busy", was)
+	began := time.Now()
+	s.execute("migrate_cancel", nil)
+	answered := time.Since(began)
+	s.reaches("cancelled", "completed", "failed", "active")
+	if t.Log("cancel:", answered, "to the answer,", time.Since(began), "to the end"); time.Since(began) > 2*time.Second { // the guest has 60 s
+		t.Error("it has waited for the guest")
+	}
+	s.shown(true, true)
 }

@@ -143,6 +143,7 @@ func TestMigrateWords(t *testing.T) {
 		{"migrate-incoming", uri("tcp:127.0.0.1:2"), "'-incoming' was not specified on the command line"},
 		{"migrate-continue", map[string]any{"state": "pre-switchover"}, "Migration not in expected state: none"},
 		{"migrate-continue", map[string]any{"state": "bogus"}, "Parameter 'state' does not accept value 'bogus'"},
+		{"migrate-pause", nil, "migrate-pause is currently only supported during postcopy-active or postcopy-recover state"},
 		{"migrate-recover", uri("tcp:127.0.0.1:2"), "Migrate recover can only be run when postcopy is paused."},
 		{"migrate-set-parameters", map[string]any{"nope": -1}, "Parameter 'nope' is unexpected"},
 		{"migrate-set-parameters", map[string]any{"multifd-compression": "bad"}, "Parameter 'multifd-compression' does not accept value 'bad'"},

@@ -128,6 +128,7 @@ var transcript = strings.Split(`{"execute":"query-status"}
 {"execute":"migrate_cancel"}
 {"execute":"migrate-continue","arguments":{"state":"pre-switchover"}}
 {"execute":"migrate-continue","arguments":{"state":"bogus"}}
+{"execute":"migrate-pause"}
 {"execute":"migrate-recover","arguments":{"uri":"tcp:127.0.0.1:2"}}
 {"execute":"migrate-set-capabilities","arguments":{"capabilities":[{"capability":"bogus","state":true}]}}
 {"execute":"migrate-set-capabilities","arguments":{"capabilities":[{"capability":"events","state":1}]}}
