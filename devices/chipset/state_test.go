@@ -5,7 +5,7 @@ import (
 	"time"
 
 	"baton/devices"
-	"baton/devices/devicetest"
+	"baton/tests/devicetest"
 )
 
 func TestIOAPICState(t *testing.T) {

@@ -4,7 +4,7 @@ import (
 	"testing"
 
 	"baton/devices"
-	"baton/devices/devicetest"
+	"baton/tests/devicetest"
 )
 
 // saved is an endpoint with a state.

@@ -10,7 +10,7 @@ import (
 	"testing"
 
 	"baton/devices/tap"
-	"baton/devices/tap/taptest"
+	"baton/tests/taptest"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"

@@ -6,7 +6,7 @@ import (
 	"strings"
 	"testing"
 
-	"baton/devices/tap/taptest"
+	"baton/tests/taptest"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"

@@ -5,9 +5,9 @@ import (
 	"slices"
 	"testing"
 
-	"baton/devices/tap/taptest"
-	"baton/devices/virtio/virtiotest"
 	"baton/kvm/guestmem"
+	"baton/tests/taptest"
+	"baton/tests/virtiotest"
 )
 
 func TestLogSync(t *testing.T) {

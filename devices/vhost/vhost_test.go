@@ -12,10 +12,10 @@ import (
 
 	"baton/devices"
 	"baton/devices/tap"
-	"baton/devices/tap/taptest"
 	"baton/devices/virtio"
-	"baton/devices/virtio/virtiotest"
 	"baton/kvm/guestmem"
+	"baton/tests/taptest"
+	"baton/tests/virtiotest"
 
 	"golang.org/x/sys/unix"
 )

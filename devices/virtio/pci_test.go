@@ -15,8 +15,8 @@ import (
 	"baton/devices"
 	"baton/devices/pci"
 	"baton/devices/virtio"
-	"baton/devices/virtio/virtiotest"
 	"baton/kvm/guestmem"
+	"baton/tests/virtiotest"
 )
 
 // The machine around the function under test.

@@ -9,8 +9,8 @@ import (
 	"testing"
 
 	"baton/devices/virtio"
-	"baton/devices/virtio/virtiotest"
 	"baton/kvm/guestmem"
+	"baton/tests/virtiotest"
 )
 
 const (

@@ -6,7 +6,7 @@ import (
 
 	"baton/devices"
 	"baton/devices/virtio"
-	"baton/devices/virtio/virtiotest"
+	"baton/tests/virtiotest"
 )
 
 func TestState(t *testing.T) {

@@ -9,8 +9,8 @@ import (
 	"strings"
 	"testing"
 
-	"baton/devices/tap/taptest"
 	"baton/tests/harness"
+	"baton/tests/taptest"
 	"baton/tests/tiny"
 )
 

@@ -7,7 +7,7 @@ import (
 	"testing"
 
 	"baton/devices/virtio/blk"
-	"baton/devices/virtio/virtiotest"
+	"baton/tests/virtiotest"
 )
 
 // TestHotPathDoesNotAllocate: one read, from kick to interrupt, in the whole process. (The race

@@ -13,7 +13,7 @@ import (
 
 	"baton/devices/virtio"
 	"baton/devices/virtio/blk"
-	"baton/devices/virtio/virtiotest"
+	"baton/tests/virtiotest"
 )
 
 const (

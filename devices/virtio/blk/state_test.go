@@ -9,7 +9,7 @@ import (
 	"baton/devices"
 	"baton/devices/virtio"
 	"baton/devices/virtio/blk"
-	"baton/devices/virtio/virtiotest"
+	"baton/tests/virtiotest"
 )
 
 func device(t testing.TB, path string, o blk.Options, cfg blk.Config) *blk.Device {

@@ -12,7 +12,7 @@ import (
 
 	"baton/devices/virtio"
 	"baton/devices/virtio/console"
-	"baton/devices/virtio/virtiotest"
+	"baton/tests/virtiotest"
 )
 
 const (

@@ -6,7 +6,7 @@ import (
 
 	"baton/devices/virtio"
 	"baton/devices/virtio/console"
-	"baton/devices/virtio/virtiotest"
+	"baton/tests/virtiotest"
 )
 
 // control message to be sent through a Function's driver.

@@ -12,10 +12,10 @@ import (
 
 	"baton/devices"
 	"baton/devices/tap"
-	"baton/devices/tap/taptest"
 	"baton/devices/vhost"
 	"baton/devices/virtio"
-	"baton/devices/virtio/virtiotest"
+	"baton/tests/taptest"
+	"baton/tests/virtiotest"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"

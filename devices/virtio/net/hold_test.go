@@ -5,9 +5,9 @@ import (
 	"testing"
 	"time"
 
-	"baton/devices/tap/taptest"
 	"baton/devices/virtio"
-	"baton/devices/virtio/virtiotest"
+	"baton/tests/taptest"
+	"baton/tests/virtiotest"
 )
 
 func init() { holdTime = time.Hour }

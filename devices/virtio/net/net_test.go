@@ -12,7 +12,7 @@ import (
 
 	"baton/devices/vhost"
 	"baton/devices/virtio"
-	"baton/devices/virtio/virtiotest"
+	"baton/tests/virtiotest"
 )
 
 var testMAC = MAC{0x52, 0x54, 0, 0x12, 0x34, 0x56}

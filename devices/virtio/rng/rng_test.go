@@ -6,7 +6,7 @@ import (
 
 	"baton/devices/virtio"
 	"baton/devices/virtio/rng"
-	"baton/devices/virtio/virtiotest"
+	"baton/tests/virtiotest"
 )
 
 func TestContract(t *testing.T) {

@@ -5,7 +5,7 @@ import (
 
 	"baton/devices/virtio"
 	"baton/devices/virtio/rng"
-	"baton/devices/virtio/virtiotest"
+	"baton/tests/virtiotest"
 )
 
 func TestState(t *testing.T) {

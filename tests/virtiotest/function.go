@@ -8,10 +8,10 @@ import (
 	"time"
 
 	"baton/devices"
-	"baton/devices/devicetest"
 	"baton/devices/pci"
 	"baton/devices/virtio"
 	"baton/kvm/guestmem"
+	"baton/tests/devicetest"
 )
 
 // Function is a device behind virtio-pci, and the driver that reaches it through the BAR.
