@@ -157,7 +157,7 @@ func loadInitrd(mem *guestmem.Memory, cfg Config, kernelEnd uint64) (guestmem.Ra
 	if n == 0 {
 		return guestmem.Range{}, errors.New("the file is empty")
 	}
-	top, floor := min(end(cfg.Map.Low), initrdEnd), (max(kernelEnd, legacyEnd)+page-1)&^(page-1)
+	top, floor := min(cfg.Map.Low.End(), initrdEnd), (max(kernelEnd, legacyEnd)+page-1)&^(page-1)
 	if room := top - min(floor, top); n > room {
 		return guestmem.Range{}, fmt.Errorf("its %d bytes do not fit into the %d between the kernel and %#x\ngive the guest %d MiB more memory",
 			n, room, top, (n-room+1<<20-1)>>20)

@@ -80,7 +80,7 @@ func checkSegment(s *elf.Prog, others []*elf.Prog, m Map) error {
 	inRAM := false
 	for _, e := range m.E820() {
 		if e.Type == MemRAM {
-			top = end(e.Range)
+			top = e.Range.End()
 			inRAM = inRAM || s.Paddr >= e.Base && s.Paddr <= top && s.Memsz <= top-s.Paddr
 		}
 	}

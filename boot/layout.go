@@ -83,7 +83,7 @@ func Layout(ram uint64, physBits int) (Map, error) {
 		ECAM:   guestmem.Range{Base: ECAMBase, Size: ECAMSize},
 		MMIO32: guestmem.Range{Base: MMIO32Base, Size: MMIO32Size},
 	}
-	base := (end(m.High) + gib - 1) &^ (gib - 1)
+	base := (m.High.End() + gib - 1) &^ (gib - 1)
 	limit := min(uint64(1)<<physBits, mmio64End)
 	if base+gib > limit {
 		return Map{}, fmt.Errorf("lay out memory: %d bytes of RAM and 1 GiB for 64-bit BARs end at %#x, but %d address bits at %#x\ngive the guest less memory",
@@ -105,8 +105,8 @@ func (m Map) RAM() []guestmem.Range {
 type MemType uint32
 
 const (
-	MemRAM      MemType = 1
-	MemReserved MemType = 2
+	MemRAM      MemType = 1 // for the guest to use
+	MemReserved MemType = 2 // not
 )
 
 // MemRange is one line of the memory map that the guest is given.
@@ -124,7 +124,7 @@ func (m Map) E820() []MemRange {
 	e := []MemRange{
 		r(0, legacyBase, MemRAM),
 		r(legacyBase, legacyEnd, MemReserved),
-		r(legacyEnd, end(m.Low), MemRAM),
+		r(legacyEnd, m.Low.End(), MemRAM),
 		{m.ECAM, MemReserved},
 		r(IdentityMap, TSSAddr+3*page, MemReserved),
 	}
@@ -133,5 +133,3 @@ func (m Map) E820() []MemRange {
 	}
 	return e
 }
-
-func end(r guestmem.Range) uint64 { return r.Base + r.Size }

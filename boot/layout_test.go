@@ -58,7 +58,7 @@ func checkMap(t *testing.T, m Map, ram uint64) {
 		guestmem.Range{Base: IdentityMap, Size: page}, guestmem.Range{Base: TSSAddr, Size: 3 * page})
 	for i, a := range all {
 		for _, b := range all[i+1:] {
-			if a.Base < end(b) && b.Base < end(a) {
+			if a.Base < b.End() && b.Base < a.End() {
 				t.Errorf("%+v overlaps %+v", a, b)
 			}
 		}
@@ -68,7 +68,7 @@ func checkMap(t *testing.T, m Map, ram uint64) {
 		if e.Base < last || e.Size == 0 {
 			t.Errorf("memory map: %+v is empty or not behind %#x", e, last)
 		}
-		last = end(e.Range)
+		last = e.Range.End()
 		if e.Type == MemRAM {
 			usable += e.Size
 		}

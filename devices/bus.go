@@ -6,22 +6,12 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+
+	"baton/kvm/guestmem"
 )
 
-// Range is [Base, Base+Size) of an address space, in bytes. It may reach the top of the
-// space, where its End is zero.
-type Range struct{ Base, Size uint64 }
-
-// End is the first address after the range.
-func (r Range) End() uint64 { return r.Base + r.Size }
-
-// Contains says whether addr lies in the range.
-func (r Range) Contains(addr uint64) bool { return addr-r.Base < r.Size }
-
-// Overlaps says whether the two ranges, neither of them empty, share an address.
-func (r Range) Overlaps(o Range) bool { return r.Contains(o.Base) || o.Contains(r.Base) }
-
-func (r Range) String() string { return fmt.Sprintf("%#x-%#x", r.Base, r.End()-1) }
+// Range is a range of an address space.
+type Range = guestmem.Range
 
 // Bus routes accesses of one address space (I/O ports or memory) to devices by range. An
 // unclaimed read is all ones, an unclaimed write is dropped, and so is the part of an

@@ -45,7 +45,7 @@ func names(b *Bus) (list []string) {
 func TestBusRoutes(t *testing.T) {
 	b := NewBus()
 	dev := &memory{data: []byte{0x10, 0x11, 0x12, 0x13}}
-	if err := b.Insert(Range{0x100, 4}, "dev", dev); err != nil {
+	if err := b.Insert(Range{Base: 0x100, Size: 4}, "dev", dev); err != nil {
 		t.Fatal(err)
 	}
 	for _, c := range []struct {
@@ -86,22 +86,22 @@ func TestBusInsert(t *testing.T) {
 		r    Range
 		err  string // part of the error, empty if there is none
 	}{
-		{"below", Range{0x0ff, 1}, ""},
-		{"above", Range{0x110, 1}, ""},
-		{"top of the space", Range{math.MaxUint64, 1}, ""},
-		{"last page", Range{math.MaxUint64 - 0xfff, 0x1000}, ""},
-		{"same", Range{0x100, 0x10}, "claim new: 0x100-0x10f overlaps old at 0x100-0x10f"},
-		{"inside", Range{0x104, 1}, "overlaps old"},
-		{"around", Range{0, 0x1000}, "overlaps old"},
-		{"first byte", Range{0x0ff, 2}, "overlaps old"},
-		{"last byte", Range{0x10f, 2}, "overlaps old"},
-		{"empty", Range{0x200, 0}, "empty or wraps around"},
-		{"wraps", Range{math.MaxUint64, 2}, "empty or wraps around"},
-		{"whole space but one", Range{0, math.MaxUint64}, "overlaps old"},
+		{"below", Range{Base: 0x0ff, Size: 1}, ""},
+		{"above", Range{Base: 0x110, Size: 1}, ""},
+		{"top of the space", Range{Base: math.MaxUint64, Size: 1}, ""},
+		{"last page", Range{Base: math.MaxUint64 - 0xfff, Size: 0x1000}, ""},
+		{"same", Range{Base: 0x100, Size: 0x10}, "claim new: 0x100-0x10f overlaps old at 0x100-0x10f"},
+		{"inside", Range{Base: 0x104, Size: 1}, "overlaps old"},
+		{"around", Range{Base: 0, Size: 0x1000}, "overlaps old"},
+		{"first byte", Range{Base: 0x0ff, Size: 2}, "overlaps old"},
+		{"last byte", Range{Base: 0x10f, Size: 2}, "overlaps old"},
+		{"empty", Range{Base: 0x200, Size: 0}, "empty or wraps around"},
+		{"wraps", Range{Base: math.MaxUint64, Size: 2}, "empty or wraps around"},
+		{"whole space but one", Range{Base: 0, Size: math.MaxUint64}, "overlaps old"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			b := NewBus()
-			if err := b.Insert(Range{0x100, 0x10}, "old", constant(1)); err != nil {
+			if err := b.Insert(Range{Base: 0x100, Size: 0x10}, "old", constant(1)); err != nil {
 				t.Fatal(err)
 			}
 			before := names(b)
@@ -131,11 +131,11 @@ func TestBusInsert(t *testing.T) {
 // The top claim's end is 2^64, which must not look like zero.
 func TestBusTopOfSpace(t *testing.T) {
 	b := NewBus()
-	top := Range{math.MaxUint64 - 0xf, 0x10}
+	top := Range{Base: math.MaxUint64 - 0xf, Size: 0x10}
 	if err := b.Insert(top, "top", constant(1)); err != nil {
 		t.Fatal(err)
 	}
-	for _, r := range []Range{{math.MaxUint64, 1}, {math.MaxUint64 - 0x1f, 0x20}} {
+	for _, r := range []Range{{Base: math.MaxUint64, Size: 1}, {Base: math.MaxUint64 - 0x1f, Size: 0x20}} {
 		if err := b.Insert(r, "second", constant(2)); err == nil {
 			t.Errorf("%s was given away twice", r)
 		}
@@ -148,18 +148,18 @@ func TestBusTopOfSpace(t *testing.T) {
 
 func TestBusRemoveAndMove(t *testing.T) {
 	b := NewBus()
-	a, z := Range{0x100, 0x10}, Range{0x200, 0x10}
+	a, z := Range{Base: 0x100, Size: 0x10}, Range{Base: 0x200, Size: 0x10}
 	if err := errors.Join(b.Insert(a, "a", constant(1)), b.Insert(z, "z", constant(2))); err != nil {
 		t.Fatal(err)
 	}
 	before := names(b)
 	for _, f := range []func() error{
-		func() error { return b.Remove(Range{0x100, 8}) },
-		func() error { return b.Remove(Range{0x300, 1}) },
-		func() error { return b.Move(Range{0x101, 0xf}, Range{0x300, 0xf}) },
-		func() error { return b.Move(a, Range{0x208, 0x10}) },
-		func() error { return b.Move(a, Range{0x300, 0}) },
-		func() error { return b.Move(a, Range{math.MaxUint64, 0x10}) },
+		func() error { return b.Remove(Range{Base: 0x100, Size: 8}) },
+		func() error { return b.Remove(Range{Base: 0x300, Size: 1}) },
+		func() error { return b.Move(Range{Base: 0x101, Size: 0xf}, Range{Base: 0x300, Size: 0xf}) },
+		func() error { return b.Move(a, Range{Base: 0x208, Size: 0x10}) },
+		func() error { return b.Move(a, Range{Base: 0x300, Size: 0}) },
+		func() error { return b.Move(a, Range{Base: math.MaxUint64, Size: 0x10}) },
 	} {
 		if f() == nil {
 			t.Error("no error")
@@ -169,7 +169,7 @@ func TestBusRemoveAndMove(t *testing.T) {
 		}
 	}
 	// A move may overlap the place it leaves, and pass another claim.
-	for _, to := range []Range{{0x108, 0x10}, {0x300, 0x20}} {
+	for _, to := range []Range{{Base: 0x108, Size: 0x10}, {Base: 0x300, Size: 0x20}} {
 		if err := b.Move(a, to); err != nil {
 			t.Fatal(err)
 		}
@@ -186,7 +186,7 @@ func TestBusRemoveAndMove(t *testing.T) {
 // Whoever looks while a claim moves finds it at one place or the other.
 func TestBusMoveIsAtomic(t *testing.T) {
 	b := NewBus()
-	at := [2]Range{{0x1000, 0x1000}, {0x1800, 0x1000}} // they share 0x1800 to 0x1fff
+	at := [2]Range{{Base: 0x1000, Size: 0x1000}, {Base: 0x1800, Size: 0x1000}} // they share 0x1800 to 0x1fff
 	if err := b.Insert(at[0], "bar", constant(7)); err != nil {
 		t.Fatal(err)
 	}
@@ -219,7 +219,7 @@ func TestBusMoveIsAtomic(t *testing.T) {
 func TestBusDoesNotAllocate(t *testing.T) {
 	b := NewBus()
 	for i := range uint64(32) {
-		if err := b.Insert(Range{i * 0x100, 0x80}, "dev", constant(1)); err != nil {
+		if err := b.Insert(Range{Base: i * 0x100, Size: 0x80}, "dev", constant(1)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -255,7 +255,7 @@ func FuzzBus(f *testing.F) {
 			}
 		}
 		for n := byte(1); len(ops) >= 3 && n < 200; ops, n = ops[3:], n+1 {
-			r := Range{uint64(ops[1]), uint64(ops[2] % 32)}
+			r := Range{Base: uint64(ops[1]), Size: uint64(ops[2] % 32)}
 			if ops[0]&4 != 0 {
 				r.Base |= math.MaxUint64 &^ 0xff
 			}

@@ -51,7 +51,7 @@ func (m *Machine) commands(ctx context.Context) []qmp.Command {
 				m.cfg.Paused = true
 			}
 		}),
-		qmp.New("cont", func(qmp.None) (none qmp.None, err error) { return none, m.cont() }),
+		qmp.Act("cont", func(qmp.None) error { return m.cont() }),
 		do("system_reset", func() { m.reset("host-qmp-system-reset") }),
 		do("system_powerdown", m.PowerButton),
 	})

@@ -2,7 +2,6 @@ package vmm
 
 import (
 	"cmp"
-	"encoding/binary"
 	"fmt"
 	"strings"
 
@@ -63,13 +62,12 @@ type (
 // disks is query-block.
 func (m *Machine) disks() (list []blockInfo) {
 	for _, d := range m.devices {
-		if _, ok := d.model.(*blk.Device); !ok {
+		model, ok := d.model.(*blk.Device)
+		if !ok {
 			continue
 		}
 		spec := m.cfg.Blockdev(d.Text("drive"))
-		var sectors [8]byte // struct virtio_blk_config: VIRTIO 1.2, 5.2.4
-		d.model.ReadConfig(0, sectors[:])
-		image := blockImage{File: spec.File, Format: "raw", Virtual: int64(binary.LittleEndian.Uint64(sectors[:])) * blk.SectorSize}
+		image := blockImage{File: spec.File, Format: "raw", Virtual: model.Disk().Size()}
 		var st unix.Stat_t
 		if unix.Stat(spec.File, &st) == nil {
 			image.Actual = st.Blocks * 512 // stat(2): the unit of st_blocks

@@ -41,7 +41,7 @@ func (switchTarget) Values() []string { return []string{"standby", "primary"} }
 func (m *Machine) failoverCommands() []qmp.Command {
 	return []qmp.Command{
 		qmp.Query("query-failover", m.pairInfos),
-		qmp.New("failover-switch", func(a switchArgs) (none qmp.None, err error) { return none, m.failoverSwitch(a) }),
+		qmp.Act("failover-switch", m.failoverSwitch),
 	}
 }
 

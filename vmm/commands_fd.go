@@ -26,13 +26,13 @@ func (m *Machine) fileCommands() []qmp.Command {
 		return err
 	})
 	return []qmp.Command{
-		qmp.New("getfd", func(a getfdArgs) (none qmp.None, err error) { return none, m.getfd(a) }),
-		qmp.New("closefd", func(a closefdArgs) (none qmp.None, err error) {
+		qmp.Act("getfd", m.getfd),
+		qmp.Act("closefd", func(a closefdArgs) error {
 			f := m.takeFile(a.Name)
 			if f == nil {
-				return none, qmp.Errorf(qmp.GenericError, "File descriptor named '%s' not found", a.Name)
+				return qmp.Errorf(qmp.GenericError, "File descriptor named '%s' not found", a.Name)
 			}
-			return none, f.Close()
+			return f.Close()
 		}),
 	}
 }

@@ -121,38 +121,38 @@ type migrateParameters struct {
 // migrationCommands are those of QEMU, and x-migrate-decide.
 func (m *Machine) migrationCommands() []qmp.Command {
 	return []qmp.Command{
-		qmp.New("migrate", func(a migrateArgs) (none qmp.None, err error) {
+		qmp.Act("migrate", func(a migrateArgs) error {
 			if a.Resume != nil && *a.Resume {
-				return none, qmp.Errorf(qmp.GenericError, "Cannot resume if there is no paused migration")
+				return qmp.Errorf(qmp.GenericError, "Cannot resume if there is no paused migration")
 			}
 			addr, err := migrationAddress(a.URI, a.Channels)
 			if err == nil {
 				err = m.startMigration(addr)
 			}
-			return none, err
+			return err
 		}),
-		qmp.New("migrate-incoming", func(a incomingArgs) (none qmp.None, err error) { return none, m.incoming(a) }),
-		qmp.New("migrate_cancel", func(qmp.None) (none qmp.None, err error) { return none, m.cancelMigration() }),
-		qmp.New("migrate-continue", func(a continueArgs) (none qmp.None, err error) {
+		qmp.Act("migrate-incoming", m.incoming),
+		qmp.Act("migrate_cancel", func(qmp.None) error { return m.cancelMigration() }),
+		qmp.Act("migrate-continue", func(a continueArgs) error {
 			s := m.migrationStats().Status
 			if a.State != "pre-switchover" || s != migrate.StatusPreSwitchover || m.migration.source == nil {
-				return none, qmp.Errorf(qmp.GenericError, "Migration not in expected state: %s", s)
+				return qmp.Errorf(qmp.GenericError, "Migration not in expected state: %s", s)
 			}
-			return none, m.migration.source.Continue()
+			return m.migration.source.Continue()
 		}),
-		qmp.New("migrate-recover", func(a recoverArgs) (none qmp.None, err error) { return none, m.recoverMigration(a.URI) }),
-		qmp.New("migrate-pause", func(qmp.None) (none qmp.None, err error) {
-			return none, qmp.Errorf(qmp.GenericError, "migrate-pause is currently only supported during postcopy-active or postcopy-recover state")
+		qmp.Act("migrate-recover", func(a recoverArgs) error { return m.recoverMigration(a.URI) }),
+		qmp.Act("migrate-pause", func(qmp.None) error {
+			return qmp.Errorf(qmp.GenericError, "migrate-pause is currently only supported during postcopy-active or postcopy-recover state")
 		}),
-		qmp.New("x-migrate-decide", func(a decideArgs) (none qmp.None, err error) { return none, m.decideMigration(a.RunHere) }),
-		qmp.New("migrate-set-capabilities", func(a capabilitiesArgs) (none qmp.None, err error) { return none, m.setCapabilities(a) }),
+		qmp.Act("x-migrate-decide", func(a decideArgs) error { return m.decideMigration(a.RunHere) }),
+		qmp.Act("migrate-set-capabilities", m.setCapabilities),
 		qmp.Query("query-migrate-capabilities", func() (list []capabilityState) {
 			for _, c := range m.migration.capabilities.List() {
 				list = append(list, capabilityState{migrationCapability(c.Name), c.State})
 			}
 			return list
 		}),
-		qmp.New("migrate-set-parameters", func(a migrateParameters) (none qmp.None, err error) { return none, m.setParameters(a) }),
+		qmp.Act("migrate-set-parameters", m.setParameters),
 		qmp.New("query-migrate-parameters", func(qmp.None) (p migrateParameters, err error) { return p, convert(m.migration.params, &p) }),
 		qmp.Query("query-migrate", m.queryMigrate),
 	}

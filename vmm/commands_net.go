@@ -170,10 +170,10 @@ func (netdevType) Values() []string { return []string{"tap"} }
 
 func (m *Machine) netCommands(ctx context.Context) []qmp.Command {
 	return []qmp.Command{
-		qmp.New("netdev_add", func(a netdevArgs) (none qmp.None, err error) { return none, m.netdevAdd(ctx, a) }),
-		qmp.New("netdev_del", func(a idArgs) (none qmp.None, err error) { return none, m.netdevDel(a.ID) }),
-		qmp.New("set_link", m.setLink),
-		qmp.New("announce-self", func(a announceArgs) (none qmp.None, err error) { go m.announce(ctx, a); return }),
+		qmp.Act("netdev_add", func(a netdevArgs) error { return m.netdevAdd(ctx, a) }),
+		qmp.Act("netdev_del", func(a idArgs) error { return m.netdevDel(a.ID) }),
+		qmp.Act("set_link", m.setLink),
+		qmp.Act("announce-self", func(a announceArgs) error { go m.announce(ctx, a); return nil }),
 		qmp.New("query-rx-filter", m.rxFilters),
 	}
 }
@@ -226,14 +226,14 @@ func (m *Machine) netdevDel(id string) error {
 }
 
 // setLink takes the id of a NIC or of its netdev.
-func (m *Machine) setLink(a linkArgs) (none qmp.None, err error) {
+func (m *Machine) setLink(a linkArgs) error {
 	for _, n := range m.networkCards() {
 		if n.netName() == a.Name || n.Text("netdev") == a.Name {
 			n.SetLink(a.Up)
-			return none, nil
+			return nil
 		}
 	}
-	return none, qmp.NoDevice(a.Name)
+	return qmp.NoDevice(a.Name)
 }
 
 // announce tells the network where the guest is, in rounds that get further apart.

@@ -53,10 +53,10 @@ func (unplugMode) Values() []string { return []string{pci.Cooperative.String(), 
 
 func (m *Machine) slotCommands() []qmp.Command {
 	return []qmp.Command{
-		qmp.New("device_add", func(a deviceAddArgs) (none qmp.None, err error) { return none, m.deviceAdd(a) }),
-		qmp.New("blockdev-add", func(a blockdevArgs) (none qmp.None, err error) { return none, m.blockdevAdd(a) }),
-		qmp.New("blockdev-del", func(a nodeArgs) (none qmp.None, err error) { return none, m.blockdevDel(a.Node) }),
-		qmp.New("device_del", func(a deviceDelArgs) (none qmp.None, err error) { return none, m.deviceDel(a) }),
+		qmp.Act("device_add", m.deviceAdd),
+		qmp.Act("blockdev-add", m.blockdevAdd),
+		qmp.Act("blockdev-del", func(a nodeArgs) error { return m.blockdevDel(a.Node) }),
+		qmp.Act("device_del", m.deviceDel),
 	}
 }
 
@@ -72,13 +72,7 @@ func (m *Machine) parseDevice(a deviceAddArgs) (d Device, err error) {
 	if err := checkTypes(row, a.Rest); err != nil {
 		return d, err
 	}
-	object := maps.Clone(map[string]any(a.Rest))
-	object["driver"] = a.Driver
-	text, err := json.Marshal(object)
-	if err != nil {
-		return d, err
-	}
-	s, vals, _, err := parseObject(string(text), "driver", driverSchemas())
+	s, vals, err := parseArgs("driver", a.Driver, a.Rest, driverSchemas())
 	if err != nil {
 		return d, err
 	}
@@ -194,13 +188,7 @@ func firstLine(err error) string {
 
 // blockdevAdd adds what -blockdev describes; the device that uses it opens it.
 func (m *Machine) blockdevAdd(a blockdevArgs) error {
-	object := maps.Clone(map[string]any(a.Rest))
-	object["driver"] = a.Driver
-	text, err := json.Marshal(object)
-	if err != nil {
-		return err
-	}
-	s, vals, _, err := parseObject(string(text), "driver", blockdevKinds)
+	s, vals, err := parseArgs("driver", a.Driver, a.Rest, blockdevKinds)
 	if err != nil {
 		return err
 	}

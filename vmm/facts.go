@@ -7,8 +7,8 @@ import (
 	"strconv"
 	"strings"
 
+	"baton/devices/virtio/blk"
 	"baton/kvm"
-	"baton/kvm/guestmem"
 	"baton/migrate"
 )
 
@@ -29,7 +29,7 @@ func (m *Machine) facts() []migrate.Fact {
 		{Name: "native-hotplug", Value: fmt.Sprint(spell(m.cfg.Machine.NativeHotplug))},
 		{Name: "cpus", Value: fmt.Sprint(m.cfg.SMP)},
 		{Name: "memory", Value: fmt.Sprintf("%d MiB", m.cfg.Memory.Size>>20)},
-		{Name: "memory map", Value: spellRanges(append(m.layout.RAM(), m.layout.ECAM, m.layout.MMIO32, m.layout.MMIO64))},
+		{Name: "memory map", Value: fmt.Sprint(append(m.layout.RAM(), m.layout.ECAM, m.layout.MMIO32, m.layout.MMIO64))},
 		{Name: "serial", Value: fmt.Sprint(spell(m.serial != nil))},
 	}
 	facts = append(facts, m.migration.cpu...)
@@ -60,10 +60,8 @@ func (m *Machine) deviceFacts(name string, d *device) (facts []migrate.Fact) {
 	if d.model != nil {
 		add("/features", fmt.Sprintf("%#x", d.model.Features()&^d.FeaturesOff()))
 	}
-	if d.Driver == "virtio-blk-pci" {
-		sectors := make([]byte, 8) // VIRTIO 1.2, 5.2.4
-		d.model.ReadConfig(0, sectors)
-		add("/sectors", fmt.Sprintf("%d", le64(sectors)))
+	if disk, ok := d.model.(*blk.Device); ok {
+		add("/sectors", disk.Disk().Size()/blk.SectorSize)
 	}
 	for i := range m.cfg.Devices { // the ports of a virtio-serial-pci
 		if p := &m.cfg.Devices[i]; d.ID != "" && p.Bus == d.ID+".0" {
@@ -84,21 +82,6 @@ func (m *Machine) addressOf(d *Device) string {
 		}
 	}
 	return "pci/0000:00:" + d.Addr
-}
-
-func spellRanges(list []guestmem.Range) string {
-	var words []string
-	for _, r := range list {
-		words = append(words, fmt.Sprintf("%#x-%#x", r.Base, r.Base+r.Size))
-	}
-	return strings.Join(words, " ")
-}
-
-func le64(p []byte) (v uint64) {
-	for i, b := range p {
-		v |= uint64(b) << (8 * i)
-	}
-	return v
 }
 
 // leafXSave has the size and place of each component: Intel SDM vol. 1, 13.2.

@@ -25,6 +25,7 @@ usage: baton [run] [OPTION...] [IMAGE]   start a machine; IMAGE is a raw disk
        baton completion bash             a script: eval "$(baton completion bash)"
        baton device SOCKET [add DRIVER,KEY=VALUE... | del ID [surprise]]   list, plug in, take out
        baton events [-json] SOCKET|FILE  what happens to a machine; SOCKET is -qmp's, FILE -event-log's
+       baton events -timeline LOG LOG > OUT.html   a move as a page, from both sides' -event-log
        baton help
        baton migrate SOCKET URI [NAME=VALUE...]   move a guest; SOCKET is its -qmp's, URI -incoming's there
        baton monitor SOCKET [COMMAND...] talk to a machine by its -qmp socket: HMP, or QMP in braces

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"slices"
 	"strconv"
@@ -88,6 +89,18 @@ func parseObject(text, key string, kinds []schema) (s *schema, vals Values, note
 		name += " " + id
 	}
 	return s, vals, notes, inObject(name, err)
+}
+
+// parseArgs is parseObject for the arguments of a command, whose kind is that of key.
+func parseArgs(key, kind string, args map[string]any, kinds []schema) (*schema, Values, error) {
+	object := map[string]any{key: kind}
+	maps.Copy(object, args)
+	text, err := json.Marshal(object)
+	if err != nil {
+		return nil, nil, err
+	}
+	s, vals, _, err := parseObject(string(text), key, kinds)
+	return s, vals, err
 }
 
 func (s *schema) names() (names []string) {

@@ -221,7 +221,7 @@ func (m *Machine) buildChipset(ctx context.Context) error {
 
 // buildDevices makes the PCI tree. Every device is tried, so that all errors are seen.
 func (m *Machine) buildDevices(ctx context.Context) error {
-	l := pci.Layout{ECAM: devices.Range(m.layout.ECAM), MMIO32: devices.Range(m.layout.MMIO32), MMIO64: devices.Range(m.layout.MMIO64)}
+	l := pci.Layout{ECAM: m.layout.ECAM, MMIO32: m.layout.MMIO32, MMIO64: m.layout.MMIO64}
 	m.pci = pci.NewRootComplex(m.mmio, l, m.log)
 	m.onClose(m.nics.close)
 	err := errors.Join(

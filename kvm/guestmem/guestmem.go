@@ -31,8 +31,21 @@ import (
 // PageSize is the unit of ranges and of the dirty bitmap, in bytes.
 const PageSize = 4096
 
-// Range is [Base, Base+Size) of guest-physical memory in bytes, both multiples of PageSize.
+// Range is [Base, Base+Size) of an address space, in bytes. It may reach the top of the
+// space, where its End is zero.
 type Range struct{ Base, Size uint64 }
+
+// End is the first address after the range.
+func (r Range) End() uint64 { return r.Base + r.Size }
+
+// Contains says whether addr lies in the range.
+func (r Range) Contains(addr uint64) bool { return addr-r.Base < r.Size }
+
+// Overlaps says whether the two ranges, neither of them empty, share an address.
+func (r Range) Overlaps(o Range) bool { return r.Contains(o.Base) || o.Contains(r.Base) }
+
+// String has the first and the last address.
+func (r Range) String() string { return fmt.Sprintf("%#x-%#x", r.Base, r.End()-1) }
 
 // Options say how the host backs the memory.
 type Options struct {
@@ -74,7 +87,7 @@ func (e *RangeError) Error() string {
 	return fmt.Sprintf("guest memory %#x+%#x: outside of RAM", e.GPA, e.Size)
 }
 
-// New maps the ranges, which may come in any order but must not overlap.
+// New maps the ranges, of whole pages, which may come in any order but must not overlap.
 func New(ranges []Range, o Options) (*Memory, error) {
 	if o.PageSize == 0 {
 		o.PageSize = PageSize

@@ -39,6 +39,11 @@ func New[Args, Ret any](name string, run func(Args) (Ret, error)) Command {
 	}
 }
 
+// Act makes a command that has no result.
+func Act[Args any](name string, run func(Args) error) Command {
+	return New(name, func(a Args) (None, error) { return None{}, run(a) })
+}
+
 // Query makes a command that has no arguments and does not fail.
 func Query[Ret any](name string, get func() Ret) Command {
 	return New(name, func(None) (Ret, error) { return get(), nil })
