@@ -87,11 +87,16 @@ func (b *Bus) Walk(f func(r Range, name string)) {
 
 // Read fills p from the device that claims addr.
 func (b *Bus) Read(addr uint64, p []byte) {
-	for i := range p {
-		p[i] = 0xff
-	}
+	AllOnes(p)
 	if c, n := b.find(addr, len(p)); c != nil {
 		c.dev.Read(addr-c.Base, p[:n])
+	}
+}
+
+// AllOnes fills p with what a read finds where nothing answers.
+func AllOnes(p []byte) {
+	for i := range p {
+		p[i] = 0xff
 	}
 }
 

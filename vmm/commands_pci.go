@@ -143,18 +143,8 @@ func (slotState) Values() (names []string) {
 	return names
 }
 
-// Configuration space that query-pci shows: PCIe 7.5.1.
-const (
-	pciVendorID    = 0x00
-	pciDeviceID    = 0x02
-	pciClassCode   = 0x0a
-	pciHeaderType  = 0x0e // in the low byte
-	pciPrimaryBus  = 0x18 // secondary in the high byte
-	pciSubordinate = 0x1a
-	pciSubVendor   = 0x2c
-	pciSubsystem   = 0x2e
-	pciInterrupt   = 0x3c // pin in the high byte
-)
+// pciClassCode is where the class is, without the programming interface.
+const pciClassCode = pci.RegClass + 2
 
 var pciClasses = map[int64]string{0x0100: "SCSI controller", 0x0200: "Ethernet controller", 0x0600: "Host bridge", 0x0604: "PCI bridge"}
 
@@ -185,8 +175,9 @@ func describePCI(at pci.BDF, f pci.Function) *pciDevice {
 	c := f.Config()
 	get := func(off int) int64 { return int64(c.Uint16(off)) }
 	d := &pciDevice{Bus: int64(at.Bus()), Slot: int64(at.Device()), Function: int64(at.Function()), Regions: []pciRegion{}}
-	d.Class.Class, d.Class.Desc = get(pciClassCode), pciClasses[get(pciClassCode)]
-	d.ID.Vendor, d.ID.Device, d.IRQPin = get(pciVendorID), get(pciDeviceID), get(pciInterrupt)>>8
+	class := get(pciClassCode)
+	d.Class.Class, d.Class.Desc = class, pciClasses[class]
+	d.ID.Vendor, d.ID.Device, d.IRQPin = get(pci.RegVendor), get(pci.RegVendor+2), get(pci.RegInterrupt)>>8
 	for _, r := range c.Regions() {
 		address := int64(-1)
 		if r.Mapped {
@@ -194,14 +185,14 @@ func describePCI(at pci.BDF, f pci.Function) *pciDevice {
 		}
 		d.Regions = append(d.Regions, pciRegion{int64(r.Index), "memory", address, int64(r.Size), r.Prefetchable, r.Is64})
 	}
-	if get(pciHeaderType)&0x7f == 0 {
-		subsystem, vendor := get(pciSubsystem), get(pciSubVendor)
+	if get(pci.RegHeaderType)&0x7f == 0 {
+		subsystem, vendor := get(pci.RegSubsystem+2), get(pci.RegSubsystem)
 		d.ID.Subsystem, d.ID.SubVendor = &subsystem, &vendor
 		return d
 	}
 	mem, prefetchable := c.Windows()
 	b := &pciBridge{}
-	b.Bus.Number, b.Bus.Secondary, b.Bus.Subordinate = get(pciPrimaryBus)&0xff, get(pciPrimaryBus)>>8, get(pciSubordinate)&0xff
+	b.Bus.Number, b.Bus.Secondary, b.Bus.Subordinate = get(pci.RegPrimary)&0xff, get(pci.RegPrimary)>>8, get(pci.RegSubordinate)&0xff
 	b.Bus.IO = pciRange{0xf000, 0xfff} // closed: there are no I/O windows
 	b.Bus.Memory, b.Bus.Prefetchable = window(mem), window(prefetchable)
 	if port, ok := f.(*pci.RootPort); ok {

@@ -70,9 +70,6 @@ func New(ctx context.Context, cfg *Config, log *slog.Logger) (_ *Machine, err er
 	if cfg.Incoming != "" {
 		m.state = StateInMigrate
 	}
-	if cfg.Incoming != "" {
-		m.state = StateInMigrate
-	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, m.Close())

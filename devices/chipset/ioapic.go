@@ -211,9 +211,7 @@ func message(rte uint64) devices.MSI {
 // Read implements devices.BusDevice. Registers are 32 bits wide; other accesses read as
 // all ones.
 func (a *IOAPIC) Read(off uint64, p []byte) {
-	for i := range p {
-		p[i] = 0xff
-	}
+	devices.AllOnes(p)
 	if len(p) != 4 {
 		return
 	}

@@ -36,7 +36,7 @@ func (rc *RootComplex) Assign() error {
 	buses := rc.buses()
 	for _, b := range buses {
 		for _, f := range b.functions() {
-			f.Config().update16(regCommand, commandMemory|commandMaster, 0)
+			f.Config().update16(RegCommand, CommandMemory|CommandMaster, 0)
 		}
 	}
 	rc.decode()
@@ -55,7 +55,7 @@ func (rc *RootComplex) Assign() error {
 		err = rc.placeAll(buses, 0, 0)
 	}
 	for _, b := range buses[1:] {
-		b.port.c.update16(regCommand, commandMemory|commandMaster, commandMemory|commandMaster)
+		b.port.c.update16(RegCommand, CommandMemory|CommandMaster, CommandMemory|CommandMaster)
 	}
 	rc.decode()
 	return errors.Join(append(errs, err)...)

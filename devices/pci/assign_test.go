@@ -44,7 +44,7 @@ func tree(m *machine) string {
 			}
 			describe(&s, m, a, id)
 			if m.read32(a, regCacheLine)>>16&0x7f == 1 {
-				buses = append(buses, uint8(m.read32(a, regPrimary)>>8))
+				buses = append(buses, uint8(m.read32(a, RegPrimary)>>8))
 			}
 		}
 	}
@@ -54,11 +54,11 @@ func tree(m *machine) string {
 func describe(s *strings.Builder, m *machine, a BDF, id uint32) {
 	header := m.read32(a, regCacheLine) >> 16 & 0xff
 	fmt.Fprintf(s, "%v %04x:%04x class %06x header %02x command %04x status %04x\n", a, id&0xffff, id>>16,
-		m.read32(a, regClass)>>8, header, m.read16(a, regCommand), m.read16(a, regStatus))
+		m.read32(a, RegClass)>>8, header, m.read16(a, RegCommand), m.read16(a, RegStatus))
 	bars := 6
 	if header&0x7f == 1 {
 		bars = 2
-		n := m.read32(a, regPrimary)
+		n := m.read32(a, RegPrimary)
 		fmt.Fprintf(s, "    bus primary %02x secondary %02x subordinate %02x\n", n&0xff, n>>8&0xff, n>>16&0xff)
 		mem, pref := windowsSeen(m, a)
 		fmt.Fprintf(s, "    memory %v, prefetchable %v\n", mem, pref)
@@ -66,15 +66,15 @@ func describe(s *strings.Builder, m *machine, a BDF, id uint32) {
 	for _, b := range barsSeen(m, a, bars) {
 		fmt.Fprintf(s, "    BAR %d %v flags %x\n", b.i, b.Range, b.flags)
 	}
-	if m.read16(a, regStatus)&statusCapList == 0 {
+	if m.read16(a, RegStatus)&StatusCapList == 0 {
 		return
 	}
-	for at := int(m.read32(a, regCapPointer) & 0xff); at != 0; at = int(m.read32(a, at) >> 8 & 0xff) {
+	for at := int(m.read32(a, RegCapPointer) & 0xff); at != 0; at = int(m.read32(a, at) >> 8 & 0xff) {
 		switch c := m.read32(a, at); c & 0xff {
-		case capPCIe:
+		case CapPCIe:
 			fmt.Fprintf(s, "    [%02x] express %04x dev %08x link %08x/%04x slot %08x/%04x/%04x\n", at, c>>16, m.read32(a, at+4),
 				m.read32(a, at+0xc), m.read16(a, at+0x12), m.read32(a, at+0x14), m.read16(a, at+0x18), m.read16(a, at+0x1a))
-		case capMSIX:
+		case CapMSIX:
 			fmt.Fprintf(s, "    [%02x] msi-x %04x table %08x pba %08x\n", at, c>>16, m.read32(a, at+4), m.read32(a, at+8))
 		default:
 			fmt.Fprintf(s, "    [%02x] capability %02x %04x %08x\n", at, c&0xff, c>>16, m.read32(a, at+4))
@@ -93,9 +93,9 @@ type seen struct {
 
 // barsSeen sizes the BARs as a guest does, by writing ones.
 func barsSeen(m *machine, a BDF, n int) (all []seen) {
-	command := m.read16(a, regCommand)
-	m.write16(a, regCommand, command&^commandMemory)
-	defer m.write16(a, regCommand, command)
+	command := m.read16(a, RegCommand)
+	m.write16(a, RegCommand, command&^CommandMemory)
+	defer m.write16(a, RegCommand, command)
 	for i := 0; i < n; i++ {
 		b := seen{i: i}
 		word := func(off int) (value, mask uint64) {
@@ -105,15 +105,15 @@ func barsSeen(m *machine, a BDF, n int) (all []seen) {
 			m.write32(a, off, was)
 			return uint64(was), mask
 		}
-		v, mask := word(regBAR + 4*i)
+		v, mask := word(RegBAR + 4*i)
 		if mask == 0 {
 			continue
 		}
 		b.flags = uint32(v & 0xf)
 		mask |= 0xffff_ffff << 32
-		if b.flags&bar64 != 0 {
+		if b.flags&BAR64 != 0 {
 			i++
-			hv, hm := word(regBAR + 4*i)
+			hv, hm := word(RegBAR + 4*i)
 			v, mask = v|hv<<32, mask&0xffff_ffff|hm<<32
 		}
 		b.Range = devices.Range{Base: v &^ 0xf, Size: -(mask &^ 0xf)}
@@ -159,7 +159,7 @@ func TestLspci(t *testing.T) {
 	var dump strings.Builder
 	m.Walk(func(a BDF, f Function) {
 		fmt.Fprintf(&dump, "%v x\n", a)
-		for off := 0; off < configSize; off += 16 {
+		for off := 0; off < ConfigSize; off += 16 {
 			p := make([]byte, 16)
 			f.Config().Read(uint64(off), p)
 			fmt.Fprintf(&dump, "%02x: % x\n", off, p)
@@ -240,7 +240,7 @@ func checkAssigned(t *testing.T, m *machine) {
 		n := 6
 		if isPort {
 			n = 2
-			if m.read16(a, regCommand) != commandMemory|commandMaster {
+			if m.read16(a, RegCommand) != CommandMemory|CommandMaster {
 				t.Errorf("%v is not enabled", a)
 			}
 			mem, pref := windowsSeen(m, a)
@@ -255,23 +255,23 @@ func checkAssigned(t *testing.T, m *machine) {
 				root = append(root, placed{w, a.String()})
 			}
 			for _, fn := range p.Secondary().functions() {
-				c := NewBDF(uint8(m.read32(a, regPrimary)>>8), 0, fn.Config().at.Load().devfn)
+				c := NewBDF(uint8(m.read32(a, RegPrimary)>>8), 0, fn.Config().at.Load().devfn)
 				for _, b := range barsSeen(m, c, 6) {
 					in := []devices.Range{mem}
-					if b.flags&(bar64|barPrefetch) == bar64|barPrefetch {
+					if b.flags&(BAR64|BARPrefetch) == BAR64|BARPrefetch {
 						in = append(in, pref)
 					}
 					check(fmt.Sprintf("%v BAR %d", c, b.i), b.Range, in, inside)
 					inside = append(inside, placed{b.Range, c.String()})
 				}
 			}
-		} else if a.Bus() == 0 && m.read16(a, regCommand) != 0 {
+		} else if a.Bus() == 0 && m.read16(a, RegCommand) != 0 {
 			t.Errorf("%v is enabled", a)
 		}
 		if a.Bus() == 0 {
 			for _, b := range barsSeen(m, a, n) {
 				in := mmio
-				if b.flags&bar64 == 0 {
+				if b.flags&BAR64 == 0 {
 					in = mmio[:1]
 				}
 				check(fmt.Sprintf("%v BAR %d", a, b.i), b.Range, in, root)
@@ -293,7 +293,7 @@ func TestAssign(t *testing.T) {
 	t.Run("again while in use", func(t *testing.T) {
 		m := sample(t)
 		want := tree(m)
-		m.write16(NewBDF(3, 0, 0), regCommand, commandMemory)
+		m.write16(NewBDF(3, 0, 0), RegCommand, CommandMemory)
 		m.assign(t)
 		if got := tree(m); got != want {
 			t.Errorf("assigned differently the second time:\n%s\nfirst:\n%s", got, want)
@@ -342,12 +342,12 @@ func TestAssignErrors(t *testing.T) {
 	low.setBAR(t, 1, BAR{Size: 16 * mib, Device: marker(1)})
 	add(t, m.Root(), 2, 0, low)
 	add(t, m.Root(), 3, 2, newFunction(t, "lost", 0))
-	m.write32(NewBDF(0, 2, 0), regBAR+4, 0xd000_0000)
+	m.write32(NewBDF(0, 2, 0), RegBAR+4, 0xd000_0000)
 	err := m.Assign()
 	wantError(t, err, "the 64-bit window of 64 MiB has no room for the window of root1 with big BAR 4 (131072 KiB)",
 		"the 32-bit window of 8 MiB has no room for low BAR 1 (16384 KiB)", "lost is in slot 3 of bus pcie.0, which has no function 0\n")
 	// What fits is placed all the same, what does not is nowhere.
-	if a, b := m.read32(NewBDF(0, 2, 0), regBAR), m.read32(NewBDF(0, 2, 0), regBAR+4); a == 0 || b != 0 {
+	if a, b := m.read32(NewBDF(0, 2, 0), RegBAR), m.read32(NewBDF(0, 2, 0), RegBAR+4); a == 0 || b != 0 {
 		t.Errorf("BAR 0 of low at %#x, BAR 1 at %#x", a, b)
 	}
 

@@ -24,10 +24,10 @@ type BAR struct {
 const (
 	numBARs     = 6
 	romEnable   = 1 << 0
-	minROM      = 2 << 10
-	maxROM      = 16 << 20
-	bar64       = 1 << 2
-	barPrefetch = 1 << 3
+	MinROM      = 2 << 10
+	MaxROM      = 16 << 20
+	BAR64       = 1 << 2
+	BARPrefetch = 1 << 3
 	barFlags    = 0xf
 )
 
@@ -60,14 +60,14 @@ func (c *Config) SetBAR(i int, b BAR) error {
 	case b.Device == nil:
 		return fmt.Errorf("define BAR %d of %s: no device answers it", i, c.id)
 	}
-	reg := regBAR + 4*i
+	reg := RegBAR + 4*i
 	c.bars[i] = &bar{BAR: b, reg: reg, name: fmt.Sprintf("%s BAR %d", c.id, i)}
 	mask, flags := ^(b.Size - 1), uint32(0)
 	if b.Prefetchable {
-		flags |= barPrefetch
+		flags |= BARPrefetch
 	}
 	if b.Is64 {
-		flags |= bar64
+		flags |= BAR64
 		c.define32(reg+4, 0, uint32(mask>>32))
 	}
 	c.define32(reg, flags, uint32(mask))
@@ -77,8 +77,8 @@ func (c *Config) SetBAR(i int, b BAR) error {
 // SetROM gives an endpoint an option ROM of that size, a power of two of 2 KiB to 16 MiB, that
 // dev answers where the guest has enabled it.
 func (c *Config) SetROM(size uint64, dev devices.BusDevice) error {
-	if c.bridge || size < minROM || size > maxROM || bits.OnesCount64(size) != 1 {
-		return fmt.Errorf("define option ROM of %s: size %#x is not a power of two of %#x to %#x", c.id, size, minROM, maxROM)
+	if c.bridge || size < MinROM || size > MaxROM || bits.OnesCount64(size) != 1 {
+		return fmt.Errorf("define option ROM of %s: size %#x is not a power of two of %#x to %#x", c.id, size, MinROM, MaxROM)
 	}
 	c.bars[numBARs] = &bar{BAR: BAR{Size: size, Device: dev}, reg: regROM, name: c.id + " option ROM"}
 	c.define32(regROM, 0, ^uint32(size-1)|romEnable)
@@ -109,9 +109,6 @@ func (c *Config) Regions() (list []Region) {
 	return list
 }
 
-// Windows are the ranges of memory that a bridge passes down; one of size zero is closed.
-func (c *Config) Windows() (mem, prefetchable devices.Range) { return c.windows() }
-
 // address is where the register says that the BAR is.
 func (c *Config) address(b *bar) uint64 {
 	c.mu.Lock()
@@ -133,9 +130,9 @@ func (c *Config) setAddress(b *bar, a uint64) {
 	}
 }
 
-// windows are the ranges that a bridge passes down: PCIe 7.5.1.3.8, 7.5.1.3.9. A window
+// Windows are the ranges that a bridge passes down: PCIe 7.5.1.3.8, 7.5.1.3.9. A window
 // whose limit is below its base is closed and has the size zero.
-func (c *Config) windows() (mem, pref devices.Range) {
+func (c *Config) Windows() (mem, pref devices.Range) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	base, limit := uint64(le.Uint16(c.data[regMemBase:])&0xfff0)<<16, uint64(le.Uint16(c.data[regMemBase+2:])|0xf)<<16|0xffff

@@ -231,7 +231,7 @@ func (b *Bus) functions() (fns []Function) {
 	return fns
 }
 
-func (c *Config) multifunction() bool { return c.Uint16(regHeaderType)&headerMultifunction != 0 }
+func (c *Config) multifunction() bool { return c.Uint16(RegHeaderType)&headerMultifunction != 0 }
 
 // stopFunction stops the device, and resets its configuration space.
 func stopFunction(f Function) {

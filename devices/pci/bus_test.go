@@ -98,7 +98,7 @@ func TestRemove(t *testing.T) {
 	add(t, p.Secondary(), -1, -1, f)
 	m.assign(t)
 	a := NewBDF(1, 0, 0)
-	m.write16(a, regCommand, commandMemory)
+	m.write16(a, RegCommand, CommandMemory)
 	if len(f.mapped) != 2 {
 		t.Fatalf("mapped %v", f.mapped)
 	}
@@ -112,7 +112,7 @@ func TestRemove(t *testing.T) {
 	if got := m.read16(NewBDF(0, 1, 0), p.c.pcie+pcieSlotStatus); got != slotStatusLinkEvent {
 		t.Errorf("slot status %#x after removal, want the event alone", got)
 	}
-	f.c.Write(regCommand, []byte{0, 0}) // an access that was under way
+	f.c.Write(RegCommand, []byte{0, 0}) // an access that was under way
 	wantError(t, m.Root().Remove(f), "it is not on bus pcie.0")
 	p.Slot().Settle()
 	add(t, p.Secondary(), -1, -1, f)

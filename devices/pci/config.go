@@ -11,30 +11,30 @@ import (
 
 // Configuration space header: PCIe 7.5.1.
 const (
-	regVendor      = 0x00
-	regCommand     = 0x04
-	regStatus      = 0x06
-	regClass       = 0x08 // revision in the low byte
+	RegVendor      = 0x00
+	RegCommand     = 0x04
+	RegStatus      = 0x06
+	RegClass       = 0x08 // revision in the low byte
 	regCacheLine   = 0x0c
-	regHeaderType  = 0x0e
-	regBAR         = 0x10
-	regSubsystem   = 0x2c // type 0
+	RegHeaderType  = 0x0e
+	RegBAR         = 0x10
+	RegSubsystem   = 0x2c // type 0
 	regROM         = 0x30 // type 0
-	regCapPointer  = 0x34
-	regInterrupt   = 0x3c
-	regPrimary     = 0x18 // type 1, as all that follow
+	RegCapPointer  = 0x34
+	RegInterrupt   = 0x3c
+	RegPrimary     = 0x18 // type 1, as all that follow
 	regSecondary   = 0x19
-	regSubordinate = 0x1a
+	RegSubordinate = 0x1a
 	regSecStatus   = 0x1e
 	regMemBase     = 0x20 // then the limit
 	regPrefBase    = 0x24 // then the limit, the base's upper half, the limit's upper half
 	regBridgeCtl   = 0x3e
 
-	commandMemory = 1 << 1
-	commandMaster = 1 << 2
-	commandMask   = commandMemory | commandMaster | 1<<6 /* parity */ | 1<<8 /* SERR# */ | 1<<10 /* INTx */
+	CommandMemory = 1 << 1
+	CommandMaster = 1 << 2
+	commandMask   = CommandMemory | CommandMaster | 1<<6 /* parity */ | 1<<8 /* SERR# */ | 1<<10 /* INTx */
 
-	statusCapList = 1 << 4
+	StatusCapList = 1 << 4
 	statusW1C     = 0xf900 // the error bits
 
 	headerMultifunction = 1 << 7
@@ -43,10 +43,11 @@ const (
 	bridgeCtlMask  = bridgeCtlReset | 1<<0 /* parity */ | 1<<1 /* SERR# */
 )
 
+// The configuration space's size and parts, in bytes.
 const (
-	configSize = 4096
-	capBase    = 0x40  // where capabilities start, after the header
-	extBase    = 0x100 // where extended capabilities start: PCIe 7.6
+	ConfigSize = 4096
+	CapBase    = 0x40  // where capabilities start, after the header
+	ExtBase    = 0x100 // where extended capabilities start: PCIe 7.6
 )
 
 // Header is what tells one function from another: PCIe 7.5.1.
@@ -85,11 +86,11 @@ type Config struct {
 	resetting sync.Mutex // one reset of the function at a time
 
 	mu      sync.Mutex
-	data    [configSize]byte
-	initial [configSize]byte // power-on values of what the masks let the guest change
-	wmask   [configSize]byte
-	w1c     [configSize]byte
-	dmask   [configSize]byte // what the device itself has changed
+	data    [ConfigSize]byte
+	initial [ConfigSize]byte // power-on values of what the masks let the guest change
+	wmask   [ConfigSize]byte
+	w1c     [ConfigSize]byte
+	dmask   [ConfigSize]byte // what the device itself has changed
 }
 
 // place is where a function sits.
@@ -115,27 +116,27 @@ type backing struct {
 // capabilities. I/O space, the latency timer and, on bridges, I/O windows do not exist
 // and read zero.
 func NewConfig(h Header) *Config {
-	c := &Config{id: h.ID, bridge: h.Type == 1, nextCap: capBase, lastCap: regCapPointer, nextExt: extBase}
+	c := &Config{id: h.ID, bridge: h.Type == 1, nextCap: CapBase, lastCap: RegCapPointer, nextExt: ExtBase}
 	if c.id == "" {
 		c.id = fmt.Sprintf("%04x:%04x", h.Vendor, h.Device)
 	}
-	c.define32(regVendor, uint32(h.Device)<<16|uint32(h.Vendor), 0)
-	c.define16(regCommand, 0, commandMask)
-	c.SetW1C16(regStatus, statusW1C)
-	c.define32(regClass, h.Class<<8|uint32(h.Revision), 0)
+	c.define32(RegVendor, uint32(h.Device)<<16|uint32(h.Vendor), 0)
+	c.define16(RegCommand, 0, commandMask)
+	c.SetW1C16(RegStatus, statusW1C)
+	c.define32(RegClass, h.Class<<8|uint32(h.Revision), 0)
 	c.wmask[regCacheLine] = 0xff
-	c.define16(regInterrupt, uint16(h.InterruptPin)<<8, 0xff)
+	c.define16(RegInterrupt, uint16(h.InterruptPin)<<8, 0xff)
 	typ := uint16(h.Type & 1)
 	if h.Multifunction {
 		typ |= headerMultifunction
 	}
-	c.define16(regHeaderType, typ, 0)
+	c.define16(RegHeaderType, typ, 0)
 	if !c.bridge {
-		c.define32(regSubsystem, uint32(h.SubDevice)<<16|uint32(h.SubVendor), 0)
+		c.define32(RegSubsystem, uint32(h.SubDevice)<<16|uint32(h.SubVendor), 0)
 		return c
 	}
-	c.define16(regPrimary, 0, 0xffff)
-	c.define16(regSubordinate, 0, 0x00ff)
+	c.define16(RegPrimary, 0, 0xffff)
+	c.define16(RegSubordinate, 0, 0x00ff)
 	c.SetW1C16(regSecStatus, statusW1C)
 	c.define32(regMemBase, 0, 0xfff0_fff0)
 	c.define32(regPrefBase, 0x0001_0001, 0xfff0_fff0) // 64-bit addresses
@@ -187,7 +188,7 @@ func (c *Config) SetW1C16(off int, mask uint16) { le.PutUint16(c.w1c[off:], mask
 // the first one has to be) to 0xffc, a multiple of 4. The caller sees to it that nothing
 // overlaps.
 func (c *Config) PlaceNext(off int) {
-	if off < extBase {
+	if off < ExtBase {
 		c.nextCap = off
 	} else {
 		c.nextExt = off
@@ -215,12 +216,12 @@ func (c *Config) passOn(off int, p []byte, access func(devices.BusDevice, uint64
 // shorter, are the guest's to write. It panics when the 192 bytes are used up.
 func (c *Config) AddCapability(id byte, body, wmask []byte) (off int) {
 	off = c.nextCap
-	if off+2+len(body) > extBase {
+	if off+2+len(body) > ExtBase {
 		panic(fmt.Sprintf("pci: %s: no room for capability %#x", c.id, id))
 	}
 	c.define(off, append([]byte{id, 0}, body...), append([]byte{0, 0}, wmask...))
 	c.data[c.lastCap] = byte(off)
-	c.data[regStatus] |= statusCapList
+	c.data[RegStatus] |= StatusCapList
 	c.lastCap, c.nextCap = off+1, (off+2+len(body)+3)&^3
 	return off
 }
@@ -230,7 +231,7 @@ func (c *Config) AddCapability(id byte, body, wmask []byte) (off int) {
 // guest's to write. It panics when the space is used up.
 func (c *Config) AddExtCapability(id uint16, version uint8, body, wmask []byte) (off int) {
 	off = c.nextExt
-	if off+4+len(body) > configSize {
+	if off+4+len(body) > ConfigSize {
 		panic(fmt.Sprintf("pci: %s: no room for extended capability %#x", c.id, id))
 	}
 	header := le.AppendUint32(nil, uint32(id)|uint32(version&15)<<16)
@@ -260,26 +261,24 @@ func run(hooks []hook, off, n int) {
 // Read is the guest's read of len(p) bytes at off. Beyond the end it is all ones.
 func (c *Config) Read(off uint64, p []byte) {
 	n := 0
-	if off < configSize {
-		n = int(min(uint64(len(p)), configSize-off))
+	if off < ConfigSize {
+		n = int(min(uint64(len(p)), ConfigSize-off))
 		run(c.reads, int(off), n)
 		c.mu.Lock()
 		copy(p[:n], c.data[off:])
 		c.mu.Unlock()
 		c.passOn(int(off), p[:n], devices.BusDevice.Read)
 	}
-	for i := n; i < len(p); i++ {
-		p[i] = 0xff
-	}
+	devices.AllOnes(p[n:])
 }
 
 // Write is the guest's write of p at off. When it returns, what it changed is in effect:
 // BARs are mapped where they now are and hooks have run.
 func (c *Config) Write(off uint64, p []byte) {
-	if off >= configSize {
+	if off >= ConfigSize {
 		return
 	}
-	p = p[:min(uint64(len(p)), configSize-off)]
+	p = p[:min(uint64(len(p)), ConfigSize-off)]
 	redecode := false
 	c.mu.Lock()
 	for i, v := range p {
@@ -287,7 +286,7 @@ func (c *Config) Write(off uint64, p []byte) {
 		was, w := c.data[o], c.wmask[o]
 		c.data[o] = (was&^w | v&w) &^ (v & c.w1c[o])
 		// The command register, the BARs, the windows of a bridge, the option ROM.
-		redecode = redecode || c.data[o] != was && (o == regCommand || o >= regBAR && o <= regROM)
+		redecode = redecode || c.data[o] != was && (o == RegCommand || o >= RegBAR && o <= regROM)
 	}
 	c.mu.Unlock()
 	if redecode {

@@ -61,13 +61,13 @@ func TestHeaderMasks(t *testing.T) {
 
 func TestWriteOneToClear(t *testing.T) {
 	c := newFunction(t, "f", 0).c
-	c.PutUint16(regStatus, 0xf910)
-	c.Write(regStatus, []byte{0xff, 0x81}) // master data parity error, parity error
-	if got := c.Uint16(regStatus); got != 0x7810 {
+	c.PutUint16(RegStatus, 0xf910)
+	c.Write(RegStatus, []byte{0xff, 0x81}) // master data parity error, parity error
+	if got := c.Uint16(RegStatus); got != 0x7810 {
 		t.Errorf("status %#x, want 0x7810", got)
 	}
-	c.Write(regStatus, []byte{0, 0})
-	if got := c.Uint16(regStatus); got != 0x7810 {
+	c.Write(RegStatus, []byte{0, 0})
+	if got := c.Uint16(RegStatus); got != 0x7810 {
 		t.Errorf("status %#x after writing zero, want it unchanged", got)
 	}
 }
@@ -92,14 +92,14 @@ func TestStraddle(t *testing.T) {
 	// A write across the end of the command register changes both sides of it.
 	c.Write(3, []byte{0xff, 0x02})
 	c.Write(0x0b, []byte{0xff, 0x40, 0xff, 0xff, 0xff, 0xff})
-	if got := c.Uint32(regCacheLine); c.Uint16(regCommand)&commandMemory == 0 || got != 0x40 {
-		t.Errorf("command %#x, cache line register %#x", c.Uint16(regCommand), got)
+	if got := c.Uint32(regCacheLine); c.Uint16(RegCommand)&CommandMemory == 0 || got != 0x40 {
+		t.Errorf("command %#x, cache line register %#x", c.Uint16(RegCommand), got)
 	}
 }
 
 func TestCapabilityList(t *testing.T) {
 	c := NewConfig(Header{Vendor: 1})
-	if c.Uint16(regStatus) != 0 || c.data[regCapPointer] != 0 {
+	if c.Uint16(RegStatus) != 0 || c.data[RegCapPointer] != 0 {
 		t.Error("a capability list before the first capability")
 	}
 	var want []int
@@ -107,14 +107,14 @@ func TestCapabilityList(t *testing.T) {
 	want = append(want, c.AddCapability(9, nil, nil))
 	want = append(want, c.AddCapability(0x11, make([]byte, 10), nil))
 	var got []int
-	for at := int(c.data[regCapPointer]); at != 0; at = int(c.data[at+1]) {
+	for at := int(c.data[RegCapPointer]); at != 0; at = int(c.data[at+1]) {
 		if at%4 != 0 {
 			t.Errorf("capability at %#x is not aligned", at)
 		}
 		got = append(got, at)
 	}
-	if fmt.Sprint(got) != fmt.Sprint(want) || c.Uint16(regStatus) != statusCapList {
-		t.Errorf("capabilities at %v, want %v; status %#x", got, want, c.Uint16(regStatus))
+	if fmt.Sprint(got) != fmt.Sprint(want) || c.Uint16(RegStatus) != StatusCapList {
+		t.Errorf("capabilities at %v, want %v; status %#x", got, want, c.Uint16(RegStatus))
 	}
 	c.Write(uint64(want[0]), bytes.Repeat([]byte{0xff}, 8))
 	if !bytes.Equal(c.data[want[0]:want[0]+8], []byte{9, byte(want[1]), 1, 0xf2, 3, 4, 5, 0}) {
@@ -191,8 +191,8 @@ func TestSetBARErrors(t *testing.T) {
 
 func TestBARSizing64(t *testing.T) {
 	c := newFunction(t, "f", 8*gib).c
-	c.Write(regBAR+16, bytes.Repeat([]byte{0xff}, 8))
-	if lo, hi := c.Uint32(regBAR+16), c.Uint32(regBAR+20); lo != 0xc || hi != 0xffff_fffe {
+	c.Write(RegBAR+16, bytes.Repeat([]byte{0xff}, 8))
+	if lo, hi := c.Uint32(RegBAR+16), c.Uint32(RegBAR+20); lo != 0xc || hi != 0xffff_fffe {
 		t.Errorf("sizing reads %#x %#x, want 8 GiB, 64-bit, prefetchable", hi, lo)
 	}
 }
@@ -204,22 +204,22 @@ func TestFunctionLevelReset(t *testing.T) {
 	m.assign(t)
 	a := NewBDF(0, 2, 0)
 	ctl := f.c.pcie + pcieDevCtl
-	m.write16(a, regCommand, commandMemory)
+	m.write16(a, RegCommand, CommandMemory)
 	m.write16(a, ctl, devCtlInitial|0xf)
 	if f.resets != 0 || len(m.claims()) != 1 {
 		t.Fatalf("%d resets, claims %v before the FLR", f.resets, m.claims())
 	}
-	m.write16(a, ctl, devCtlInitial|devCtlFLR)
+	m.write16(a, ctl, devCtlInitial|DevCtlFLR)
 	if f.resets != 1 {
 		t.Errorf("%d resets, want 1", f.resets)
 	}
 	if got := m.read16(a, ctl); got != devCtlInitial {
 		t.Errorf("device control %#x after reset, want %#x", got, devCtlInitial)
 	}
-	if got := m.read32(a, regBAR); got != 0 || len(m.claims()) != 0 || len(f.mapped) != 0 {
+	if got := m.read32(a, RegBAR); got != 0 || len(m.claims()) != 0 || len(f.mapped) != 0 {
 		t.Errorf("BAR 0 %#x, claims %v, mapped %v after reset", got, m.claims(), f.mapped)
 	}
-	if m.read32(a, f.c.pcie+pcieDevCap)&devCapFLR == 0 {
+	if m.read32(a, f.c.pcie+pcieDevCap)&DevCapFLR == 0 {
 		t.Error("no FLR in the device capabilities")
 	}
 }
@@ -235,8 +235,8 @@ func TestFixedCapabilities(t *testing.T) {
 	c.AddExtCapability(0, 1, nil, nil)
 	c.PlaceNext(0x200)
 	c.AddExtCapability(3, 1, make([]byte, 8), nil)
-	if c.data[regCapPointer] != 0xa0 || c.data[0xa1] != 0x40 || c.data[0x41] != 0 || c.Uint32(0x100) != 0x2001_0000 {
-		t.Errorf("chain %#x, %#x, %#x; %#x", c.data[regCapPointer], c.data[0xa1], c.data[0x41], c.Uint32(0x100))
+	if c.data[RegCapPointer] != 0xa0 || c.data[0xa1] != 0x40 || c.data[0x41] != 0 || c.Uint32(0x100) != 0x2001_0000 {
+		t.Errorf("chain %#x, %#x, %#x; %#x", c.data[RegCapPointer], c.data[0xa1], c.data[0x41], c.Uint32(0x100))
 	}
 	c.integrate()
 	if c.Uint16(0x42) != 0x90 || c.Uint32(0x40+pcieLinkCap2) != 0 {

@@ -29,7 +29,7 @@ func FuzzConfigSpace(f *testing.F) {
 		for n := 0; len(ops) >= 3 && n < 64; n++ {
 			target, off, width := targets[int(ops[0])%len(targets)], uint64(ops[1]), int(ops[2]%17)
 			if ops[0] >= 0xf0 {
-				off += configSize - 8 // around the end
+				off += ConfigSize - 8 // around the end
 			}
 			ops = ops[3:]
 			data := make([]byte, width)
@@ -156,7 +156,7 @@ func FuzzSlot(f *testing.F) {
 			case 6:
 				m.drained()
 			case 7:
-				m.write16(NewBDF(1, 0, 0), regCommand, uint16(b))
+				m.write16(NewBDF(1, 0, 0), RegCommand, uint16(b))
 			case 8:
 				if err := m.Reset(); err != nil {
 					t.Fatal(err)

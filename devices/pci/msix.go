@@ -10,7 +10,7 @@ import (
 
 // MSI-X: PCI 6.8.2.
 const (
-	capMSIX      = 0x11
+	CapMSIX      = 0x11
 	msixControl  = 2 // offset in the capability
 	msixEnable   = 1 << 15
 	msixMaskAll  = 1 << 14
@@ -72,7 +72,7 @@ func AddMSIX(c *Config, barIndex int, table, pba uint32, n int, src devices.Vect
 	body := le.AppendUint16(nil, uint16(n-1))
 	body = le.AppendUint32(body, table|uint32(barIndex))
 	body = le.AppendUint32(body, pba|uint32(barIndex))
-	m.off = c.AddCapability(capMSIX, body, []byte{0, (msixEnable | msixMaskAll) >> 8})
+	m.off = c.AddCapability(CapMSIX, body, []byte{0, (msixEnable | msixMaskAll) >> 8})
 	m.clear()
 	c.OnWrite(m.off+msixControl, 2, func() { m.program(0, n) })
 	c.resets = append(c.resets, func() { m.clear(); m.program(0, n) })

@@ -2,7 +2,7 @@ package pci
 
 // PCI Express capability: PCIe 7.5.3. Offsets are from the start of the capability.
 const (
-	capPCIe        = 0x10
+	CapPCIe        = 0x10
 	pcieFlags      = 0x02
 	pcieDevCap     = 0x04
 	pcieDevCtl     = 0x08
@@ -24,10 +24,10 @@ const (
 	pcieVersion = 2 // of the capability, in the flags
 
 	devCapRoleErrors = 1 << 15 // role-based error reporting, required
-	devCapFLR        = 1 << 28
+	DevCapFLR        = 1 << 28
 	devCtlMask       = 0x781f // error reporting, relaxed order, no snoop, read request size
 	devCtlInitial    = 0x2810 // 512-byte read requests, relaxed order, no snoop
-	devCtlFLR        = 1 << 15
+	DevCtlFLR        = 1 << 15
 	devStatusW1C     = 0x000f
 
 	// The fastest link of the specification, on both ends, so that no passed-through
@@ -70,8 +70,8 @@ func (c *Config) AddPCIeCapability(t PortType) (off int) {
 		w.put16(pcieLinkCtl2, 0xf)
 	}
 	if t != TypeRootPort {
-		v.put32(pcieDevCap, devCapRoleErrors|devCapFLR)
-		w.put16(pcieDevCtl, devCtlMask|devCtlFLR)
+		v.put32(pcieDevCap, devCapRoleErrors|DevCapFLR)
+		w.put16(pcieDevCtl, devCtlMask|DevCtlFLR)
 	}
 	return c.AddPCIeRegisters(v[2:], w[2:])
 }
@@ -80,10 +80,10 @@ func (c *Config) AddPCIeCapability(t PortType) (off int) {
 // body and wmask are as for [Config.AddCapability]. The rest is as with AddPCIeCapability,
 // the reset only where wmask lets the guest ask for it.
 func (c *Config) AddPCIeRegisters(body, wmask []byte) (off int) {
-	off = c.AddCapability(capPCIe, body, wmask)
+	off = c.AddCapability(CapPCIe, body, wmask)
 	c.SetW1C16(off+pcieDevStatus, devStatusW1C)
 	c.pcie = off
-	if le.Uint16(c.wmask[off+pcieDevCtl:])&devCtlFLR != 0 {
+	if le.Uint16(c.wmask[off+pcieDevCtl:])&DevCtlFLR != 0 {
 		c.OnWrite(off+pcieDevCtl, 2, c.initiateFLR)
 	}
 	return off
@@ -98,7 +98,7 @@ func (r *pcieRegisters) put32(off int, v uint32) { le.PutUint32(r[off:], v) }
 // initiateFLR resets the function if the guest has just asked for it; the bit always
 // reads zero.
 func (c *Config) initiateFLR() {
-	if c.update16(c.pcie+pcieDevCtl, devCtlFLR, 0) == 0 {
+	if c.update16(c.pcie+pcieDevCtl, DevCtlFLR, 0) == 0 {
 		return
 	}
 	if at := c.at.Load(); at != nil {

@@ -95,28 +95,26 @@ func (rc *RootComplex) Walk(f func(BDF, Function)) {
 // Read implements [devices.BusDevice] for the ECAM: PCIe 7.2.2.
 func (rc *RootComplex) Read(off uint64, p []byte) {
 	if c := rc.find(off); c != nil {
-		c.Read(off%configSize, p)
+		c.Read(off%ConfigSize, p)
 		return
 	}
-	for i := range p {
-		p[i] = 0xff
-	}
+	devices.AllOnes(p)
 }
 
 // Write implements [devices.BusDevice] for the ECAM.
 func (rc *RootComplex) Write(off uint64, p []byte) {
 	if c := rc.find(off); c != nil {
-		c.Write(off%configSize, p)
+		c.Write(off%ConfigSize, p)
 	}
 }
 
 // find returns the configuration space at an offset of the ECAM, or nil. When the guest
 // gives two ports one bus number, the first port has it.
 func (rc *RootComplex) find(off uint64) *Config {
-	if off/configSize > 0xffff {
+	if off/ConfigSize > 0xffff {
 		return nil
 	}
-	bdf := BDF(off / configSize)
+	bdf := BDF(off / ConfigSize)
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
 	b := rc.root
@@ -195,7 +193,7 @@ func (rc *RootComplex) decode() {
 
 // passes says whether accesses to r reach a function on the bus with that configuration.
 func (b *Bus) passes(c *Config, r devices.Range) bool {
-	if c.Uint16(regCommand)&commandMemory == 0 || r.Base+r.Size-1 < r.Base {
+	if c.Uint16(RegCommand)&CommandMemory == 0 || r.Base+r.Size-1 < r.Base {
 		return false
 	}
 	if !within(r, b.rc.layout.MMIO32) && !within(r, b.rc.layout.MMIO64) {
@@ -204,8 +202,8 @@ func (b *Bus) passes(c *Config, r devices.Range) bool {
 	if b.port == nil {
 		return true
 	}
-	mem, pref := b.port.c.windows()
-	return b.port.c.Uint16(regCommand)&commandMemory != 0 && (within(r, mem) || within(r, pref))
+	mem, pref := b.port.c.Windows()
+	return b.port.c.Uint16(RegCommand)&CommandMemory != 0 && (within(r, mem) || within(r, pref))
 }
 
 // remap maps or moves a BAR. In case of an error it is unmapped.

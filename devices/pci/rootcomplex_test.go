@@ -19,8 +19,8 @@ func onRoot(t *testing.T, n int) (*machine, []*fakeFunction) {
 		f.setBAR(t, 1, BAR{Size: 64 * kib, Device: marker(i)})
 		add(t, m.Root(), i, 0, f)
 		fs = append(fs, f)
-		m.write32(NewBDF(0, i, 0), regBAR+4, uint32(base(i)))
-		m.write16(NewBDF(0, i, 0), regCommand, commandMemory)
+		m.write32(NewBDF(0, i, 0), RegBAR+4, uint32(base(i)))
+		m.write16(NewBDF(0, i, 0), RegCommand, CommandMemory)
 	}
 	return m, fs
 }
@@ -30,7 +30,7 @@ func base(i int) uint64 { return 0xc000_0000 + uint64(i)*mib }
 func TestBARMoves(t *testing.T) {
 	m, fs := onRoot(t, 1)
 	a := NewBDF(0, 1, 0)
-	bar := func(addr uint32) { t.Helper(); m.write32(a, regBAR+4, addr) }
+	bar := func(addr uint32) { t.Helper(); m.write32(a, RegBAR+4, addr) }
 	check := func(what string, addr uint64, on bool) {
 		t.Helper()
 		want := map[string]devices.Range{}
@@ -68,11 +68,11 @@ func TestBARMoves(t *testing.T) {
 	bar(0xb000_0000)
 	check("over the ECAM", 0, false)
 	bar(0xd000_0000)
-	m.write16(a, regCommand, commandMaster)
+	m.write16(a, RegCommand, CommandMaster)
 	check("memory space off", 0, false)
-	m.write16(a, regCommand, commandMemory)
+	m.write16(a, RegCommand, CommandMemory)
 	check("memory space on", 0xd000_0000, true)
-	m.mmio.Write(m.ecam(a, regCommand), []byte{0, 0, 0, 0, 0, 0, 0})
+	m.mmio.Write(m.ecam(a, RegCommand), []byte{0, 0, 0, 0, 0, 0, 0})
 	check("odd write over the command", 0, false)
 	if m.logs.Len() != 0 {
 		t.Errorf("logged %s", m.logs)
@@ -83,11 +83,11 @@ func TestBARConflicts(t *testing.T) {
 	m, fs := onRoot(t, 2)
 	a2 := NewBDF(0, 2, 0)
 	for range 3 {
-		m.write32(a2, regBAR+4, uint32(base(1)))
+		m.write32(a2, RegBAR+4, uint32(base(1)))
 		if m.at(base(1)) != 1 || m.at(base(2)) != 0xff || len(fs[1].mapped) != 0 {
 			t.Fatalf("f2 over f1: f1's range reads %d, f2's old one %#x, f2 mapped %v", m.at(base(1)), m.at(base(2)), fs[1].mapped)
 		}
-		m.write32(a2, regBAR+4, uint32(base(2)))
+		m.write32(a2, RegBAR+4, uint32(base(2)))
 		if m.at(base(2)) != 2 {
 			t.Fatal("f2 is not back")
 		}
@@ -98,17 +98,17 @@ func TestBARConflicts(t *testing.T) {
 
 	// The one that lost gets its range when the other leaves: by a move, by its command
 	// register, by removal.
-	m.write32(a2, regBAR+4, uint32(base(1)))
-	m.write32(NewBDF(0, 1, 0), regBAR+4, uint32(base(3)))
+	m.write32(a2, RegBAR+4, uint32(base(1)))
+	m.write32(NewBDF(0, 1, 0), RegBAR+4, uint32(base(3)))
 	if m.at(base(1)) != 2 || m.at(base(3)) != 1 {
 		t.Error("after the winner has moved")
 	}
-	m.write32(NewBDF(0, 1, 0), regBAR+4, uint32(base(1)))
-	m.write16(a2, regCommand, 0)
+	m.write32(NewBDF(0, 1, 0), RegBAR+4, uint32(base(1)))
+	m.write16(a2, RegCommand, 0)
 	if m.at(base(1)) != 1 {
 		t.Error("after the winner was disabled")
 	}
-	m.write16(a2, regCommand, commandMemory)
+	m.write16(a2, RegCommand, CommandMemory)
 	if err := m.Root().Remove(fs[0]); err != nil || m.at(base(1)) != 2 {
 		t.Errorf("after the winner was removed: %v", err)
 	}
@@ -122,10 +122,10 @@ func TestTwoBARsSwapInOneWrite(t *testing.T) {
 	add(t, m.Root(), 1, 0, f)
 	a := NewBDF(0, 1, 0)
 	put := func(x, y uint64) {
-		m.mmio.Write(m.ecam(a, regBAR+8), le.AppendUint32(le.AppendUint32(nil, uint32(x)), uint32(y)))
+		m.mmio.Write(m.ecam(a, RegBAR+8), le.AppendUint32(le.AppendUint32(nil, uint32(x)), uint32(y)))
 	}
 	put(base(1), base(2))
-	m.write16(a, regCommand, commandMemory)
+	m.write16(a, RegCommand, CommandMemory)
 	put(base(2), base(1))
 	if m.at(base(2)) != 2 || m.at(base(1)) != 3 || m.logs.Len() != 0 {
 		t.Errorf("claims %v, logged %s", m.claims(), m.logs)
@@ -139,22 +139,22 @@ func TestBridgeWindows(t *testing.T) {
 	add(t, p.Secondary(), 0, 0, f)
 	m.assign(t)
 	pa, fa := NewBDF(0, 1, 0), NewBDF(1, 0, 0)
-	m.write16(fa, regCommand, commandMemory)
+	m.write16(fa, RegCommand, CommandMemory)
 	start := m.claims()
 	if len(start) != 3 {
 		t.Fatalf("claims %v", start)
 	}
-	mem, _ := p.c.windows()
+	mem, _ := p.c.Windows()
 	for _, x := range []struct {
 		addr uint64
 		on   bool
 	}{{mem.Base - 4*kib, false}, {mem.Base, true}, {mem.End() - 4*kib, true}, {mem.End(), false}} {
-		m.write32(fa, regBAR, uint32(x.addr))
+		m.write32(fa, RegBAR, uint32(x.addr))
 		if _, on := m.claims()["f BAR 0"]; on != x.on {
 			t.Errorf("BAR 0 at %#x mapped %v, want %v; the window is %v", x.addr, on, x.on, mem)
 		}
 	}
-	m.write32(fa, regBAR, uint32(start["f BAR 0"].Base))
+	m.write32(fa, RegBAR, uint32(start["f BAR 0"].Base))
 	for _, x := range []struct {
 		what      string
 		off       int
@@ -166,7 +166,7 @@ func TestBridgeWindows(t *testing.T) {
 		{"prefetchable window closed", regPrefBase, 0x0000_fff0, true, false},
 		{"prefetchable base raised", regPrefBase + 4, 0xff, true, false},
 		{"prefetchable limit raised", regPrefBase + 8, 0xff, true, true},
-		{"memory space of the port off", regCommand, 0, false, false},
+		{"memory space of the port off", RegCommand, 0, false, false},
 		{"everything through the memory window", regMemBase, 0xfff0_0000, true, true},
 	} {
 		was := m.read32(pa, x.off)
@@ -198,11 +198,11 @@ func TestBusNumbers(t *testing.T) {
 	if vendor(2) != 0x1041_1af4 || vendor(1) != ^uint32(0) || m.read32(NewBDF(2, 1, 0), 0) != ^uint32(0) {
 		t.Error("after numbers are assigned")
 	}
-	m.write32(NewBDF(0, 2, 0), regPrimary, 0x00_7f_7f_00)
+	m.write32(NewBDF(0, 2, 0), RegPrimary, 0x00_7f_7f_00)
 	if vendor(0x7f) != 0x1041_1af4 || vendor(2) != ^uint32(0) {
 		t.Error("after the number was changed")
 	}
-	m.write32(NewBDF(0, 1, 0), regPrimary, 0x00_7f_7f_00) // now the first port's, which is empty
+	m.write32(NewBDF(0, 1, 0), RegPrimary, 0x00_7f_7f_00) // now the first port's, which is empty
 	if vendor(0x7f) != ^uint32(0) {
 		t.Error("two ports with one number")
 	}
@@ -228,10 +228,10 @@ func TestReset(t *testing.T) {
 	add(t, p.Secondary(), 0, 0, f)
 	m.assign(t)
 	want := tree(m)
-	m.write16(NewBDF(1, 0, 0), regCommand, commandMemory|commandMaster)
-	m.write32(NewBDF(1, 0, 0), regBAR+16, 0xd000_0000)
+	m.write16(NewBDF(1, 0, 0), RegCommand, CommandMemory|CommandMaster)
+	m.write32(NewBDF(1, 0, 0), RegBAR+16, 0xd000_0000)
 	m.write16(NewBDF(1, 0, 0), f.msix.off+msixControl, msixEnable)
-	m.write32(NewBDF(0, 1, 0), regPrimary, 0x00_09_09_00)
+	m.write32(NewBDF(0, 1, 0), RegPrimary, 0x00_09_09_00)
 	m.write32(NewBDF(0, 1, 0), regMemBase, 0)
 	if tree(m) == want {
 		t.Fatal("nothing changed")
@@ -253,18 +253,18 @@ func TestConcurrentAccess(t *testing.T) {
 	other := newFunction(t, "g", 0)
 	m.assign(t)
 	fa, pa := NewBDF(1, 0, 0), NewBDF(0, 1, 0)
-	mem, pref, high := m.read32(fa, regBAR), m.read32(fa, regBAR+16), m.read32(fa, regBAR+20)
+	mem, pref, high := m.read32(fa, RegBAR), m.read32(fa, RegBAR+16), m.read32(fa, RegBAR+20)
 	var wg sync.WaitGroup
 	for _, work := range []func(i int){
-		func(i int) { m.write16(fa, regCommand, uint16(i&1)<<1) },
-		func(i int) { m.write32(fa, regBAR, mem+uint32(i%3)*4096) },
-		func(i int) { m.write16(pa, regCommand, uint16(i&1)<<1) },
-		func(i int) { m.write16(fa, f.c.pcie+pcieDevCtl, devCtlFLR) },
+		func(i int) { m.write16(fa, RegCommand, uint16(i&1)<<1) },
+		func(i int) { m.write32(fa, RegBAR, mem+uint32(i%3)*4096) },
+		func(i int) { m.write16(pa, RegCommand, uint16(i&1)<<1) },
+		func(i int) { m.write16(fa, f.c.pcie+pcieDevCtl, DevCtlFLR) },
 		func(i int) {
 			m.write16(fa, f.msix.off+msixControl, uint16(i)<<14)
 			m.mmio.Write(uint64(mem)+12, make([]byte, 4))
 		},
-		func(i int) { f.msix.Signal(i % 3); f.c.PutUint16(regStatus, 0x10); m.read32(fa, regStatus) },
+		func(i int) { f.msix.Signal(i % 3); f.c.PutUint16(RegStatus, 0x10); m.read32(fa, RegStatus) },
 		func(i int) { m.write16(pa, regBridgeCtl, uint16(i&1)<<6) },
 		func(i int) {
 			if err := m.Root().Add(9, 0, other); err != nil {
@@ -283,11 +283,11 @@ func TestConcurrentAccess(t *testing.T) {
 	}
 	wg.Wait()
 	m.write16(pa, regBridgeCtl, 0)
-	m.write16(pa, regCommand, commandMemory)
-	m.write32(fa, regBAR, mem)
-	m.write32(fa, regBAR+16, pref)
-	m.write32(fa, regBAR+20, high)
-	m.write16(fa, regCommand, commandMemory)
+	m.write16(pa, RegCommand, CommandMemory)
+	m.write32(fa, RegBAR, mem)
+	m.write32(fa, RegBAR+16, pref)
+	m.write32(fa, RegBAR+20, high)
+	m.write16(fa, RegCommand, CommandMemory)
 	if got := m.claims(); len(got) != 3 || len(f.mapped) != 2 {
 		t.Errorf("claims %v, mapped %v", got, f.mapped)
 	}

@@ -111,7 +111,7 @@ func (s *Slot) noticeUse() {
 	if s.state != SlotPlugging {
 		return
 	}
-	if f := s.Occupant(); f != nil && f.Config().Uint16(regCommand)&(commandMemory|commandMaster) != 0 {
+	if f := s.Occupant(); f != nil && f.Config().Uint16(RegCommand)&(CommandMemory|CommandMaster) != 0 {
 		s.state = SlotPresent
 	}
 }

@@ -37,10 +37,10 @@ func (c *Config) SaveState() ConfigState {
 // LoadState takes the state over, maps the BARs and programs the vectors. Hooks do not run.
 // Info is for errors.
 func (c *Config) LoadState(info devices.StateInfo, s ConfigState) error {
-	if len(s.Registers) > configSize {
-		return info.BadField("Registers", "%d bytes, more than %d", len(s.Registers), configSize)
+	if len(s.Registers) > ConfigSize {
+		return info.BadField("Registers", "%d bytes, more than %d", len(s.Registers), ConfigSize)
 	}
-	var data [configSize]byte
+	var data [ConfigSize]byte
 	copy(data[:], s.Registers)
 	c.mu.Lock()
 	for i := range data {

@@ -32,8 +32,8 @@ func TestStateContract(t *testing.T) {
 	make := func(t testing.TB) devices.Stater { _, f, _ := withPort(t); return f }
 	devicetest.State(t, make, func(_ testing.TB, d devices.Stater) {
 		f := d.(saved)
-		f.c.Write(regCommand, []byte{commandMemory | commandMaster, 4})
-		f.c.Write(regBAR+16, le.AppendUint32(nil, 0xd000_0000))
+		f.c.Write(RegCommand, []byte{CommandMemory | CommandMaster, 4})
+		f.c.Write(RegBAR+16, le.AppendUint32(nil, 0xd000_0000))
 		f.c.Write(uint64(f.msix.off+msixControl), []byte{0, msixEnable >> 8})
 		f.msix.Write(16, []byte{1, 2, 3, 4, 5, 6, 7, 8})
 		f.msix.Write(24, []byte{9, 8, 7, 6, 1, 0, 0, 0})
@@ -64,11 +64,11 @@ func TestPaths(t *testing.T) {
 func TestStateInEffect(t *testing.T) {
 	src, root, behind := withPort(t)
 	port := NewBDF(0, 3, 0)
-	src.write32(port, regPrimary, 0x00_09_09_00) // the guest has renumbered
-	b := behind.c.Uint32(regBAR + 16)
-	src.write32(NewBDF(0, 2, 0), regBAR+16, uint32(b)+1<<20)
-	src.write16(NewBDF(0, 2, 0), regCommand, commandMemory)
-	src.write16(NewBDF(9, 0, 0), regCommand, commandMemory)
+	src.write32(port, RegPrimary, 0x00_09_09_00) // the guest has renumbered
+	b := behind.c.Uint32(RegBAR + 16)
+	src.write32(NewBDF(0, 2, 0), RegBAR+16, uint32(b)+1<<20)
+	src.write16(NewBDF(0, 2, 0), RegCommand, CommandMemory)
+	src.write16(NewBDF(9, 0, 0), RegCommand, CommandMemory)
 	src.write16(NewBDF(0, 2, 0), root.msix.off+msixControl, msixEnable)
 	root.msix.Write(0, le.AppendUint64(nil, 0xfee0_1000))
 	root.msix.Write(8, le.AppendUint64(nil, 0x41))
@@ -126,7 +126,7 @@ func TestStateOfAnotherDevice(t *testing.T) {
 	add(t, m.Root(), 2, 0, other)
 	wantError(t, other.LoadState(1, data), "load pci/0000:00:02.0 (fake): Registers: byte 0xe ", "the same devices")
 	for _, s := range []ConfigState{
-		{Registers: make([]byte, configSize+1)},
+		{Registers: make([]byte, ConfigSize+1)},
 		{Registers: f.c.SaveState().Registers, Table: make([]byte, 16), Pending: make([]byte, 1)},
 		{Registers: f.c.SaveState().Registers, Table: make([]byte, 48), Pending: make([]byte, 2)},
 	} {
@@ -144,7 +144,7 @@ func TestPortState(t *testing.T) {
 	}
 	devicetest.State(t, make, func(_ testing.TB, d devices.Stater) {
 		p := d.(*RootPort)
-		p.c.Write(regPrimary, []byte{0, 7, 9})
+		p.c.Write(RegPrimary, []byte{0, 7, 9})
 		if err := p.slot.RequestUnplug(Cooperative); err != nil {
 			t.Fatal(err)
 		}

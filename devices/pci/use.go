@@ -22,7 +22,7 @@ type uses struct {
 // thread that does it or by who resets. It is set once, before the function is added to a bus.
 func (c *Config) OnUse(f func(Use)) {
 	c.uses.f = f
-	c.OnWrite(regCommand, 2, c.used)
+	c.OnWrite(RegCommand, 2, c.used)
 	c.resets = append(c.resets, c.used)
 }
 
@@ -33,7 +33,7 @@ func (c *Config) used() {
 	}
 	c.uses.mu.Lock()
 	defer c.uses.mu.Unlock()
-	now := Use{Master: c.Uint16(regCommand)&commandMaster != 0}
+	now := Use{Master: c.Uint16(RegCommand)&CommandMaster != 0}
 	now.Enabled, now.Unmasked = now.Master, now.Master
 	if c.msix != nil {
 		now.Enabled, now.Unmasked = c.msix.Enabled(), c.msix.anyUnmasked()

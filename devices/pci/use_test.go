@@ -24,9 +24,9 @@ func TestUse(t *testing.T) {
 	}
 	control := uint64(m.off + msixControl)
 	unmask := func(i int, masked byte) { m.Write(uint64(i*msixEntry+12), []byte{masked, 0, 0, 0}) }
-	c.Write(regCommand, []byte{commandMemory, 0})
+	c.Write(RegCommand, []byte{CommandMemory, 0})
 	expect("memory only", "")
-	c.Write(regCommand, []byte{commandMemory | commandMaster, 0})
+	c.Write(RegCommand, []byte{CommandMemory | CommandMaster, 0})
 	expect("bus master", "true false false")
 	c.Write(control, []byte{0, msixEnable >> 8})
 	expect("MSI-X on", "true true false")

@@ -7,33 +7,13 @@ import (
 	"baton/devices/pci"
 )
 
-// Configuration space registers: PCIe 7.5.1, "PCI" those of PCI Local Bus 3.0.
+// What package pci, whose registers these are, has no use for.
 const (
-	configSize = 4096
-	regCommand = 0x04
-	regStatus  = 0x06
-	regClass   = 0x08 // revision in the low byte
-	regHeader  = 0x0e
-	regBAR     = 0x10
-	regSubsys  = 0x2c
-	regCapPtr  = 0x34
-	regIntPin  = 0x3d
-	capStart   = 0x40
-	extStart   = 0x100
-
-	pmNoSoftReset = 1 << 3 // of PMCSR: D3hot loses nothing, as it is never entered
-
-	commandMemory  = 1 << 1
-	commandMaster  = 1 << 2
-	commandINTxOff = 1 << 10
-	statusCapList  = 1 << 4
-	headerType     = 0x7f
-
-	pcieTypeLegacy = 1 // legacy endpoint: PCIe 7.5.3.2
-
-	barIO       = 1 << 0
-	bar64       = 1 << 2
-	barPrefetch = 1 << 3
+	commandINTxOff = 1 << 10 // PCIe 7.5.1.1.3
+	headerType     = 0x7f    // PCIe 7.5.1.1.9
+	barIO          = 1 << 0  // PCIe 7.5.1.2.1
+	pmNoSoftReset  = 1 << 3  // of PMCSR: D3hot loses nothing, as it is never entered
+	pcieTypeLegacy = 1       // legacy endpoint: PCIe 7.5.3.2
 )
 
 // Capabilities: PCI Code and ID Assignment 1.14.
@@ -104,9 +84,9 @@ type capability struct {
 // parse lists the capabilities of a configuration space, in the order of the chain. Off is
 // the first one's offset; each one's size ends where another one starts, at most.
 func parse(space []byte, off int, ext bool) (list []capability, err error) {
-	start, end := capStart, min(extStart, len(space))
+	start, end := pci.CapBase, min(pci.ExtBase, len(space))
 	if ext {
-		start, end = extStart, len(space)
+		start, end = pci.ExtBase, len(space)
 	}
 	seen := map[int]bool{}
 	for off != 0 {
@@ -182,20 +162,15 @@ var (
 	}()
 )
 
-const (
-	devCapFLR = 1 << 28 // PCIe 7.5.3.3
-	devCtlFLR = 1 << 15 // PCIe 7.5.3.4
-)
-
 // newConfig makes the header. INTx is not there if the host's is not connected.
 func newConfig(hw hardware, space []byte, o Options) (*pci.Config, error) {
 	if len(space) < 64 || le.Uint16(space) == 0xffff {
 		return nil, fmt.Errorf("its configuration space cannot be read")
 	}
-	if t := space[regHeader] & headerType; t != 0 {
+	if t := space[pci.RegHeaderType] & headerType; t != 0 {
 		return nil, fmt.Errorf("its header type is %d: bridges cannot be passed through", t)
 	}
-	pin := space[regIntPin]
+	pin := space[pci.RegInterrupt+1]
 	if n, err := hw.irqs(irqINTX); err != nil {
 		return nil, fmt.Errorf("interrupts: %w", err)
 	} else if n == 0 || pin > 4 {
@@ -205,10 +180,10 @@ func newConfig(hw hardware, space []byte, o Options) (*pci.Config, error) {
 		ID:            o.ID,
 		Vendor:        le.Uint16(space),
 		Device:        le.Uint16(space[2:]),
-		Class:         le.Uint32(space[regClass:]) >> 8,
-		Revision:      space[regClass],
-		SubVendor:     le.Uint16(space[regSubsys:]),
-		SubDevice:     le.Uint16(space[regSubsys+2:]),
+		Class:         le.Uint32(space[pci.RegClass:]) >> 8,
+		Revision:      space[pci.RegClass],
+		SubVendor:     le.Uint16(space[pci.RegSubsystem:]),
+		SubDevice:     le.Uint16(space[pci.RegSubsystem+2:]),
 		Multifunction: o.Multifunction,
 		InterruptPin:  pin,
 	}), nil
@@ -216,10 +191,10 @@ func newConfig(hw hardware, space []byte, o Options) (*pci.Config, error) {
 
 // firstCapabilities are those of the first 256 bytes.
 func firstCapabilities(space []byte) ([]capability, error) {
-	if le.Uint16(space[regStatus:])&statusCapList == 0 {
+	if le.Uint16(space[pci.RegStatus:])&pci.StatusCapList == 0 {
 		return nil, nil
 	}
-	return parse(space, int(space[regCapPtr]), false)
+	return parse(space, int(space[pci.RegCapPointer]), false)
 }
 
 // legacy says whether a function may need I/O space, as a PCI Express endpoint must not:
@@ -254,8 +229,8 @@ func (f *Function) addCapabilities(space []byte, interrupts func(capability) err
 			err = interrupts(c)
 		case c.id == capPCIe && (n >= 0x34 || n >= 0x14 && body[0]&15 < 2):
 			mask := append([]byte(nil), pcieMask[:n-2]...)
-			if le.Uint32(body[2:])&devCapFLR != 0 {
-				mask[0x09-2] |= devCtlFLR >> 8
+			if le.Uint32(body[2:])&pci.DevCapFLR != 0 {
+				mask[0x09-2] |= pci.DevCtlFLR >> 8
 			}
 			f.c.AddPCIeRegisters(body, mask)
 		case c.id == capPM && n == 8:
@@ -270,10 +245,10 @@ func (f *Function) addCapabilities(space []byte, interrupts func(capability) err
 			return err
 		}
 	}
-	if len(space) < configSize {
+	if len(space) < pci.ConfigSize {
 		return nil
 	}
-	if list, err = parse(space, extStart, true); err != nil {
+	if list, err = parse(space, pci.ExtBase, true); err != nil {
 		return err
 	}
 	for _, c := range list {
@@ -281,7 +256,7 @@ func (f *Function) addCapabilities(space []byte, interrupts func(capability) err
 		if how == hide || n < 8 {
 			continue
 		}
-		if f.first && c.off != extStart {
+		if f.first && c.off != pci.ExtBase {
 			f.c.AddExtCapability(0, 1, nil, nil) // the chain starts at 0x100: PCIe 7.9.28, null capability
 		}
 		f.first = false

@@ -72,7 +72,7 @@ func (h *fakeHW) setIRQs(index uint32, fds []int32) error {
 
 func (h *fakeHW) Host() string { return vf }
 func (h *fakeHW) irqs(index uint32) (int, error) {
-	if index == irqINTX && h.regions[regionConfig][regIntPin] != 0 && !h.noINTx {
+	if index == irqINTX && h.regions[regionConfig][pci.RegInterrupt+1] != 0 && !h.noINTx {
 		return 1, nil
 	}
 	return 0, nil
@@ -101,20 +101,20 @@ func (h *fakeHW) put32(off int, v uint32) { le.PutUint32(h.regions[regionConfig]
 func newHW() *fakeHW {
 	h := &fakeHW{active: map[uint32][]int32{}, unmasked: make(chan uint32, 1)}
 	h.regions[0], h.regions[2] = make([]byte, 0x4000), make([]byte, 32)
-	h.regions[3], h.regions[regionConfig] = make([]byte, 0x4000), make([]byte, configSize)
+	h.regions[3], h.regions[regionConfig] = make([]byte, 0x4000), make([]byte, pci.ConfigSize)
 	h.areas[0] = []devices.Range{{Size: 0x4000}}
 	h.areas[3] = []devices.Range{{Size: 0x4000}}
 	h.regions[regionROM] = make([]byte, 0xc00)
 	copy(h.regions[regionROM], []byte{0x55, 0xaa, 6})
 	h.put32(0, 0x10ca_8086)
-	h.put32(regClass, 0x020000_01)
-	h.put16(regStatus, statusCapList)
-	h.put16(regHeader, 0x80)
-	h.put32(regBAR, bar64|barPrefetch)
-	h.put32(regBAR+8, barIO)
-	h.put32(regSubsys, 0xa03c_8086)
+	h.put32(pci.RegClass, 0x020000_01)
+	h.put16(pci.RegStatus, pci.StatusCapList)
+	h.put16(pci.RegHeaderType, 0x80)
+	h.put32(pci.RegBAR, pci.BAR64|pci.BARPrefetch)
+	h.put32(pci.RegBAR+8, barIO)
+	h.put32(pci.RegSubsystem, 0xa03c_8086)
 	h.regions[regionConfig][0x3d] = 1 // INTA
-	h.put16(regCapPtr, 0x40)
+	h.put16(pci.RegCapPointer, 0x40)
 	copy(h.regions[regionConfig][0x40:], []byte{capPM, 0x70, 0x23, 0xff, 0x0b, 0x81, 0, 0})
 	copy(h.regions[regionConfig][0x70:], []byte{capMSIX, 0xa0, 2, 0x80, 3, 0, 0, 0, 3, 0x20, 0, 0})
 	copy(h.regions[regionConfig][0xa0:], []byte{capPCIe, 0x50, 0x02, 0, 0xc2, 0x8c, 0, 0x10})

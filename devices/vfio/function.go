@@ -88,14 +88,14 @@ func newFunction(hw hardware, o Options) (_ *Function, err error) {
 	if err != nil {
 		return nil, err
 	}
-	space := make([]byte, min(r.size, configSize))
+	space := make([]byte, min(r.size, pci.ConfigSize))
 	if err := hw.read(regionConfig, 0, space); err != nil {
 		return nil, fmt.Errorf("read configuration space: %w", err)
 	}
 	if f.c, err = newConfig(hw, space, o); err != nil {
 		return nil, err
 	}
-	if pin := f.c.Uint16(regIntPin-1) >> 8; pin != 0 {
+	if pin := f.c.Uint16(pci.RegInterrupt) >> 8; pin != 0 {
 		f.intx = &intx{f: f, pin: int(pin)}
 	}
 	if err := f.findBARs(space); err != nil {
@@ -110,8 +110,8 @@ func newFunction(hw hardware, o Options) (_ *Function, err error) {
 	if err := f.mapBARs(); err != nil {
 		return nil, err
 	}
-	f.c.OnWrite(regCommand, 2, f.command)
-	return f, f.setCommand(commandMemory)
+	f.c.OnWrite(pci.RegCommand, 2, f.command)
+	return f, f.setCommand(pci.CommandMemory)
 }
 
 // findBARs learns what BARs there are: VFIO says their size, the registers their kind.
@@ -123,7 +123,7 @@ func (f *Function) findBARs(space []byte) error {
 		if err != nil {
 			return err
 		}
-		flags := le.Uint32(space[regBAR+4*i:])
+		flags := le.Uint32(space[pci.RegBAR+4*i:])
 		if r.size == 0 {
 			continue
 		}
@@ -138,13 +138,13 @@ func (f *Function) findBARs(space []byte) error {
 		}
 		f.bars[i] = b
 		err = f.c.SetBAR(i, pci.BAR{
-			Size: r.size, Is64: flags&bar64 != 0, Prefetchable: flags&barPrefetch != 0,
+			Size: r.size, Is64: flags&pci.BAR64 != 0, Prefetchable: flags&pci.BARPrefetch != 0,
 			Device: b, Mapped: b.mapped,
 		})
 		if err != nil {
 			return err
 		}
-		if flags&bar64 != 0 {
+		if flags&pci.BAR64 != 0 {
 			i++
 		}
 	}
@@ -166,18 +166,12 @@ func (f *Function) addROM() error {
 	if err != nil || r.size == 0 {
 		return err
 	}
-	if r.size > maxROM {
-		return fmt.Errorf("its option ROM has %d bytes, more than %d\nrombar=0 leaves it out", r.size, maxROM)
+	if r.size > pci.MaxROM {
+		return fmt.Errorf("its option ROM has %d bytes, more than %d\nrombar=0 leaves it out", r.size, pci.MaxROM)
 	}
-	size := max(uint64(minROM), 1<<bits.Len64(r.size-1))
+	size := max(uint64(pci.MinROM), 1<<bits.Len64(r.size-1))
 	return f.c.SetROM(size, &rom{hw: f.hw, size: r.size})
 }
-
-// Sizes of an option ROM: PCIe 7.5.1.2.4.
-const (
-	minROM = 2 << 10
-	maxROM = 16 << 20
-)
 
 // rom is the option ROM, which is read from the device when the guest first looks at it.
 type rom struct {
@@ -198,9 +192,7 @@ func (r *rom) Read(off uint64, p []byte) {
 	if off < uint64(len(r.data)) {
 		n = copy(p, r.data[off:])
 	}
-	for i := n; i < len(p); i++ {
-		p[i] = 0xff
-	}
+	devices.AllOnes(p[n:])
 }
 
 // Write implements [devices.BusDevice].
@@ -313,9 +305,7 @@ type window struct {
 // Read implements [devices.BusDevice]; what cannot be read is all ones.
 func (w window) Read(off uint64, p []byte) {
 	if w.hw.read(w.index, off, p) != nil {
-		for i := range p {
-			p[i] = 0xff
-		}
+		devices.AllOnes(p)
 	}
 }
 
@@ -327,9 +317,9 @@ func (w window) Write(off uint64, p []byte) { _ = w.hw.write(w.index, off, p) }
 func (f *Function) command() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	was := f.c.Uint16(regCommand)
-	f.used = f.used || was&(commandMemory|commandMaster) != 0
-	if err := f.setCommand(commandMemory | was&commandMaster); err != nil {
+	was := f.c.Uint16(pci.RegCommand)
+	f.used = f.used || was&(pci.CommandMemory|pci.CommandMaster) != 0
+	if err := f.setCommand(pci.CommandMemory | was&pci.CommandMaster); err != nil {
 		f.warn(fmt.Errorf("set bus mastering: %w", err))
 	}
 	if err := f.updateINTx(); err != nil {
@@ -338,7 +328,7 @@ func (f *Function) command() {
 }
 
 func (f *Function) setCommand(v uint16) error {
-	return f.hw.write(regionConfig, regCommand, le.AppendUint16(nil, v))
+	return f.hw.write(regionConfig, pci.RegCommand, le.AppendUint16(nil, v))
 }
 
 // enable has an index of the host's interrupts signal the vectors' eventfds, or turns it off.
@@ -392,7 +382,7 @@ func (f *Function) Stop() {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	err := f.setCommand(commandMemory)
+	err := f.setCommand(pci.CommandMemory)
 	if f.intx != nil && f.intx.on {
 		err = errors.Join(err, f.intx.stop())
 	}
@@ -416,7 +406,7 @@ func (f *Function) Reset() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.used {
-		if err := errors.Join(f.hw.reset(), f.setCommand(commandMemory)); err != nil {
+		if err := errors.Join(f.hw.reset(), f.setCommand(pci.CommandMemory)); err != nil {
 			f.warn(err)
 		}
 	}
@@ -449,7 +439,7 @@ func (f *Function) Close() error {
 		b.maps = nil
 	}
 	if f.c != nil {
-		errs = append(errs, f.setCommand(commandMemory))
+		errs = append(errs, f.setCommand(pci.CommandMemory))
 	}
 	closed := make(chan error) // while the kernel waits for the reset
 	go func() {

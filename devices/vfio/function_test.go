@@ -55,7 +55,7 @@ func TestConfigSpace(t *testing.T) {
 	}
 	h.took()
 	put32(f, 0x44, 0xffff_ffff)
-	put32(f, 0xa8, 0xffff_ffff&^(devCtlFLR))
+	put32(f, 0xa8, 0xffff_ffff&^(pci.DevCtlFLR))
 	put32(f, 0x1a4, 0)
 	put32(f, 0x9c, 0xffff_ffff)
 	for _, c := range []struct {
@@ -93,16 +93,16 @@ func TestBARs(t *testing.T) {
 	if where() != "" {
 		t.Errorf("mapped before the guest enables memory: %s", where())
 	}
-	put16(f, regCommand, commandMemory)
-	bar0 := uint64(f.c.Uint32(regBAR)&^15) | uint64(f.c.Uint32(regBAR+4))<<32
-	bar3 := uint64(f.c.Uint32(regBAR+12) &^ 15)
+	put16(f, pci.RegCommand, pci.CommandMemory)
+	bar0 := uint64(f.c.Uint32(pci.RegBAR)&^15) | uint64(f.c.Uint32(pci.RegBAR+4))<<32
+	bar3 := uint64(f.c.Uint32(pci.RegBAR+12) &^ 15)
 	// The pages of the table, 0, and of the pending bits, 2, are left out.
 	want := []string{fmt.Sprintf("%#x+0x4000", bar0), fmt.Sprintf("%#x+0x1000", bar3+0x1000), fmt.Sprintf("%#x+0x1000", bar3+0x3000)}
 	slices.Sort(want)
 	if got := where(); got != strings.Join(want, " ") {
 		t.Errorf("slots %s, want %s", got, want)
 	}
-	put32(f, regBAR, uint32(bar0+0x4000)) // a move
+	put32(f, pci.RegBAR, uint32(bar0+0x4000)) // a move
 	if got := where(); !strings.Contains(got, fmt.Sprintf("%#x+0x4000", bar0+0x4000)) || len(m.slots) != 3 {
 		t.Errorf("slots after a move: %s", got)
 	}
@@ -126,7 +126,7 @@ func TestBARs(t *testing.T) {
 	if err := rc.Reset(); err != nil || where() != "" {
 		t.Errorf("slots after a reset: %s (%v)", where(), err)
 	}
-	put16(f, regCommand, commandMemory)
+	put16(f, pci.RegCommand, pci.CommandMemory)
 	if err := f.Close(); err != nil || where() != "" || h.mapped != 0 || !h.closed {
 		t.Errorf("after the end: slots %s, %d mappings (%v)", where(), h.mapped, err)
 	}
@@ -241,19 +241,19 @@ func TestCommandAndReset(t *testing.T) {
 	if err := rc.Reset(); err != nil || strings.Contains(h.took(), "reset") {
 		t.Errorf("the kernel has reset the device: once is enough (%v)", err)
 	}
-	put16(f, regCommand, commandMemory|commandMaster)
+	put16(f, pci.RegCommand, pci.CommandMemory|pci.CommandMaster)
 	if got, want := h.took(), "[7:0x4=0600]"; got != want {
 		t.Errorf("the device was told %s, want %s", got, want)
 	}
 	put16(f, 0x72, 0x8000)
-	put16(f, 0xa8, devCtlFLR)
+	put16(f, 0xa8, pci.DevCtlFLR)
 	if got, want := h.took(), "[7:0x4=0200 reset 7:0x4=0200]"; got != want {
 		t.Errorf("FLR: the device was told %s, want %s", got, want)
 	}
-	if h.active[irqMSIX] != nil || f.c.Uint16(regCommand) != 0 || f.c.Uint16(0xa8)&devCtlFLR != 0 {
-		t.Errorf("after FLR: %v, command %#x", h.active, f.c.Uint16(regCommand))
+	if h.active[irqMSIX] != nil || f.c.Uint16(pci.RegCommand) != 0 || f.c.Uint16(0xa8)&pci.DevCtlFLR != 0 {
+		t.Errorf("after FLR: %v, command %#x", h.active, f.c.Uint16(pci.RegCommand))
 	}
-	put16(f, regCommand, commandMemory|commandMaster)
+	put16(f, pci.RegCommand, pci.CommandMemory|pci.CommandMaster)
 	put16(f, 0x72, 0x8000)
 	h.took()
 	f.Stop()
@@ -275,7 +275,7 @@ func TestINTx(t *testing.T) {
 	if on() {
 		t.Error("on before the guest turns the function on")
 	}
-	put16(f, regCommand, commandMemory)
+	put16(f, pci.RegCommand, pci.CommandMemory)
 	if !on() || m.line.slot != 1 || m.line.pin != 1 {
 		t.Fatalf("off, or in the wrong place: %+v", m.line)
 	}
@@ -293,11 +293,11 @@ func TestINTx(t *testing.T) {
 		what    string
 		off, on func()
 	}{
-		{"INTx disable", func() { put16(f, regCommand, commandMemory|commandINTxOff) }, func() { put16(f, regCommand, commandMemory) }},
+		{"INTx disable", func() { put16(f, pci.RegCommand, pci.CommandMemory|commandINTxOff) }, func() { put16(f, pci.RegCommand, pci.CommandMemory) }},
 		{"MSI-X", func() { put16(f, 0x72, 0x8000) }, func() { put16(f, 0x72, 0) }},
 		{"MSI", func() { put16(f, 0x52, msiEnable) }, func() { put16(f, 0x52, 0) }},
-		{"function off", func() { put16(f, regCommand, 0) }, func() { put16(f, regCommand, commandMaster) }},
-		{"reset", func() { f.Reset(); f.c.Reset() }, func() { put16(f, regCommand, commandMaster) }},
+		{"function off", func() { put16(f, pci.RegCommand, 0) }, func() { put16(f, pci.RegCommand, pci.CommandMaster) }},
+		{"reset", func() { f.Reset(); f.c.Reset() }, func() { put16(f, pci.RegCommand, pci.CommandMaster) }},
 	} {
 		c.off()
 		if on() {
@@ -325,7 +325,7 @@ func TestINTxFails(t *testing.T) {
 	h := newHW()
 	f, m, _ := start(t, h)
 	h.failIRQs = errors.New("busy")
-	put16(f, regCommand, commandMemory)
+	put16(f, pci.RegCommand, pci.CommandMemory)
 	if m.line != nil || !strings.Contains(m.log.String(), "turn INTx on: busy") {
 		t.Errorf("line %v; %s", m.line, m.log.String())
 	}
@@ -338,10 +338,10 @@ func TestROM(t *testing.T) {
 	f, _, rc := start(t, h)
 	h.put32(0, 0) // it is not looked at before the guest does
 	at := f.c.Uint32(0x30)
-	if at == 0 || at&(minROM-1) != 0 {
+	if at == 0 || at&(pci.MinROM-1) != 0 {
 		t.Fatalf("at %#x", at)
 	}
-	put16(f, regCommand, commandMemory)
+	put16(f, pci.RegCommand, pci.CommandMemory)
 	mapped := func() (yes bool) {
 		rc.Walk(func(_ pci.BDF, fn pci.Function) {
 			for _, r := range fn.Config().Regions() {
@@ -372,8 +372,8 @@ func TestLegacyIO(t *testing.T) {
 	h := newHW()
 	h.regions[regionConfig][0xa2] |= pcieTypeLegacy << 4
 	f, m, _ := start(t, h)
-	if !strings.Contains(m.log.String(), "I/O BAR not shown") || f.c.Uint32(regBAR+8) != 0 {
-		t.Errorf("log %q, BAR %#x", m.log.String(), f.c.Uint32(regBAR+8))
+	if !strings.Contains(m.log.String(), "I/O BAR not shown") || f.c.Uint32(pci.RegBAR+8) != 0 {
+		t.Errorf("log %q, BAR %#x", m.log.String(), f.c.Uint32(pci.RegBAR+8))
 	}
 }
 
@@ -384,11 +384,11 @@ func TestRefused(t *testing.T) {
 	}{
 		{"cannot be read", func(h *fakeHW, _ *fakeMachine) { h.put32(0, 0xffff_ffff) }},
 		{"cannot be read", func(h *fakeHW, _ *fakeMachine) { h.regions[regionConfig] = h.regions[regionConfig][:32] }},
-		{"header type is 1", func(h *fakeHW, _ *fakeMachine) { h.put16(regHeader, 1) }},
+		{"header type is 1", func(h *fakeHW, _ *fakeMachine) { h.put16(pci.RegHeaderType, 1) }},
 		{"capability list: broken at 0x40", func(h *fakeHW, _ *fakeMachine) { h.regions[regionConfig][0x9d] = 0x40 }},
-		{"capability list: broken at 0x3c", func(h *fakeHW, _ *fakeMachine) { h.put16(regCapPtr, 0x3c) }},
+		{"capability list: broken at 0x3c", func(h *fakeHW, _ *fakeMachine) { h.put16(pci.RegCapPointer, 0x3c) }},
 		{"capability list: broken at 0x140", func(h *fakeHW, _ *fakeMachine) { h.put32(0x1a0, 0x1401_000b) }},
-		{"neither MSI-X nor MSI, nor an INTx", func(h *fakeHW, _ *fakeMachine) { h.put16(regStatus, 0); h.noINTx = true }},
+		{"neither MSI-X nor MSI, nor an INTx", func(h *fakeHW, _ *fakeMachine) { h.put16(pci.RegStatus, 0); h.noINTx = true }},
 		{"registers are I/O ports (BAR 2)", func(h *fakeHW, _ *fakeMachine) {
 			h.regions[0], h.regions[3] = nil, nil
 			h.regions[regionConfig][0xa2] |= pcieTypeLegacy << 4

@@ -38,9 +38,9 @@ func (f *Function) updateINTx() error {
 	if x == nil {
 		return nil
 	}
-	command := f.c.Uint16(regCommand)
+	command := f.c.Uint16(pci.RegCommand)
 	slot, there := f.c.RootSlot()
-	want := there && command&(commandMemory|commandMaster) != 0 && command&commandINTxOff == 0 &&
+	want := there && command&(pci.CommandMemory|pci.CommandMaster) != 0 && command&commandINTxOff == 0 &&
 		!f.enabled[irqMSI] && !f.enabled[irqMSIX]
 	switch {
 	case want && !x.on:

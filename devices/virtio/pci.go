@@ -221,9 +221,7 @@ func (zeros) Write(uint64, []byte)    {}
 type window struct{ *PCI }
 
 func (p window) Read(off uint64, b []byte) {
-	for i := range b {
-		b[i] = 0xff
-	}
+	devices.AllOnes(b)
 	switch page := off &^ (barPage - 1); page {
 	case barCommon:
 		p.readCommon(off-barCommon, b)
