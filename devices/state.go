@@ -178,8 +178,7 @@ func fieldName(t reflect.Type, key string) string {
 	case reflect.Pointer, reflect.Slice, reflect.Array:
 		return fieldName(t.Elem(), key)
 	case reflect.Struct:
-		for i := range t.NumField() {
-			f := t.Field(i)
+		for _, f := range reflect.VisibleFields(t) {
 			if n, _, _ := strings.Cut(f.Tag.Get("cbor"), ","); t.String()+"."+n == key {
 				return f.Name
 			}

@@ -30,21 +30,23 @@ const (
 
 // RxFilter is what the driver wants to receive. The host may deliver more.
 type RxFilter struct {
-	MAC         MAC
-	Promiscuous bool // as after reset
-	AllMulti    bool
-	AllUni      bool
-	NoMulti     bool
-	NoUni       bool
-	NoBroadcast bool
+	MAC         MAC  `cbor:"1,keyasint"`
+	Promiscuous bool `cbor:"6,keyasint"` // as after reset
+	AllMulti    bool `cbor:"7,keyasint"`
+	AllUni      bool `cbor:"8,keyasint"`
+	NoMulti     bool `cbor:"9,keyasint"`
+	NoUni       bool `cbor:"10,keyasint"`
+	NoBroadcast bool `cbor:"11,keyasint"`
 	// Unicast and Multicast are the addresses besides MAC; an overflow means too many to
 	// list, so that all are wanted.
-	Unicast, Multicast                 []MAC
-	UnicastOverflow, MulticastOverflow bool
+	Unicast           []MAC `cbor:"12,keyasint,omitempty"`
+	Multicast         []MAC `cbor:"13,keyasint,omitempty"`
+	UnicastOverflow   bool  `cbor:"14,keyasint"`
+	MulticastOverflow bool  `cbor:"15,keyasint"`
 	// VLANFilter says that only frames without a tag and of VLANs are wanted: bit v%64 of
 	// word v/64 is VLAN v.
-	VLANFilter bool
-	VLANs      [(maxVLAN + 1) / 64]uint64
+	VLANFilter bool                       `cbor:"16,keyasint"`
+	VLANs      [(maxVLAN + 1) / 64]uint64 `cbor:"17,keyasint"`
 }
 
 // RxFilter returns the filter as the driver last set it; the lists are not to be changed.

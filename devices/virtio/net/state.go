@@ -8,23 +8,11 @@ import (
 
 // state is what the driver has set by the control queue, and the link.
 type state struct {
-	MAC               []byte   `cbor:"1,keyasint"`
-	LinkUp            bool     `cbor:"2,keyasint"`
-	Announce          bool     `cbor:"3,keyasint"` // the driver has been asked and has not answered
-	Pairs             uint16   `cbor:"4,keyasint"` // in use
-	Offloads          uint64   `cbor:"5,keyasint"` // feature bits
-	Promiscuous       bool     `cbor:"6,keyasint"`
-	AllMulti          bool     `cbor:"7,keyasint"`
-	AllUni            bool     `cbor:"8,keyasint"`
-	NoMulti           bool     `cbor:"9,keyasint"`
-	NoUni             bool     `cbor:"10,keyasint"`
-	NoBroadcast       bool     `cbor:"11,keyasint"`
-	Unicast           [][]byte `cbor:"12,keyasint,omitempty"`
-	Multicast         [][]byte `cbor:"13,keyasint,omitempty"`
-	UnicastOverflow   bool     `cbor:"14,keyasint"`
-	MulticastOverflow bool     `cbor:"15,keyasint"`
-	VLANFilter        bool     `cbor:"16,keyasint"`
-	VLANs             []uint64 `cbor:"17,keyasint"` // a bit for each
+	RxFilter
+	LinkUp   bool   `cbor:"2,keyasint"`
+	Announce bool   `cbor:"3,keyasint"` // the driver has been asked and has not answered
+	Pairs    uint16 `cbor:"4,keyasint"` // in use
+	Offloads uint64 `cbor:"5,keyasint"` // feature bits
 	// What the driver was told, which the target has to be configured for.
 	MaxPairs uint16 `cbor:"18,keyasint"`
 	MTU      uint16 `cbor:"19,keyasint"`
@@ -65,15 +53,8 @@ func (n *Net) Resume(a virtio.Activation) error {
 func (n *Net) SaveState() ([]byte, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	f := &n.filter
 	return devices.EncodeState(state{
-		MAC: f.MAC[:], LinkUp: n.up, Announce: n.announce, Pairs: uint16(n.pairs), Offloads: n.offloads,
-		Promiscuous: f.Promiscuous, AllMulti: f.AllMulti, AllUni: f.AllUni,
-		NoMulti: f.NoMulti, NoUni: f.NoUni, NoBroadcast: f.NoBroadcast,
-		Unicast: plain(f.Unicast), Multicast: plain(f.Multicast),
-		UnicastOverflow: f.UnicastOverflow, MulticastOverflow: f.MulticastOverflow,
-		VLANFilter: f.VLANFilter, VLANs: f.VLANs[:],
-		MaxPairs: uint16(n.cfg.Queues), MTU: n.cfg.MTU, Speed: n.cfg.Speed,
+		n.filter, n.up, n.announce, uint16(n.pairs), n.offloads, uint16(n.cfg.Queues), n.cfg.MTU, n.cfg.Speed,
 	})
 }
 
@@ -83,24 +64,9 @@ func (n *Net) LoadState(info devices.StateInfo, version uint16, data []byte) err
 	if err := devices.DecodeState(info, version, data, &s, nil); err != nil {
 		return err
 	}
-	f := RxFilter{
-		Promiscuous: s.Promiscuous, AllMulti: s.AllMulti, AllUni: s.AllUni,
-		NoMulti: s.NoMulti, NoUni: s.NoUni, NoBroadcast: s.NoBroadcast,
-		UnicastOverflow: s.UnicastOverflow, MulticastOverflow: s.MulticastOverflow, VLANFilter: s.VLANFilter,
-	}
-	var macOK, uniOK, multiOK bool
-	f.MAC, macOK = asMAC(s.MAC)
-	f.Unicast, uniOK = asMACs(s.Unicast)
-	f.Multicast, multiOK = asMACs(s.Multicast)
 	switch {
-	case !macOK:
-		return info.BadField("MAC", "%d bytes", len(s.MAC))
-	case !uniOK || len(s.Unicast) > maxTableMACs:
-		return info.BadField("Unicast", "not up to %d addresses", maxTableMACs)
-	case !multiOK || len(s.Multicast) > maxTableMACs:
-		return info.BadField("Multicast", "not up to %d addresses", maxTableMACs)
-	case len(s.VLANs) != len(f.VLANs):
-		return info.BadField("VLANs", "%d words, not %d", len(s.VLANs), len(f.VLANs))
+	case len(s.Unicast) > maxTableMACs || len(s.Multicast) > maxTableMACs:
+		return info.BadField("Unicast, Multicast", "more than %d addresses", maxTableMACs)
 	case s.Pairs == 0 || int(s.Pairs) > n.cfg.Queues:
 		return info.BadField("Pairs", "%d, not 1 to %d", s.Pairs, n.cfg.Queues)
 	case s.Offloads&^n.Features() != 0:
@@ -112,33 +78,9 @@ func (n *Net) LoadState(info devices.StateInfo, version uint16, data []byte) err
 	case s.Speed != n.cfg.Speed:
 		return info.BadField("Speed", "%d, here %d\nset speed", s.Speed, n.cfg.Speed)
 	}
-	copy(f.VLANs[:], s.VLANs)
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.up, n.announce, n.pairs, n.offloads, n.filter = s.LinkUp, s.Announce, int(s.Pairs), s.Offloads, f
+	n.up, n.announce, n.pairs, n.offloads, n.filter = s.LinkUp, s.Announce, int(s.Pairs), s.Offloads, s.RxFilter
 	n.setConfig()
 	return nil
-}
-
-func plain(macs []MAC) (list [][]byte) {
-	for _, m := range macs {
-		list = append(list, m[:])
-	}
-	return list
-}
-
-func asMAC(b []byte) (m MAC, ok bool) {
-	copy(m[:], b)
-	return m, len(b) == len(m)
-}
-
-func asMACs(list [][]byte) (macs []MAC, ok bool) {
-	for _, b := range list {
-		m, ok := asMAC(b)
-		if !ok {
-			return nil, false
-		}
-		macs = append(macs, m)
-	}
-	return macs, true
 }

@@ -128,19 +128,10 @@ func TestStateErrors(t *testing.T) {
 		}
 	}
 	for field, bad := range map[string]state{
-		"MAC":       {MAC: make([]byte, 5)},
-		"Unicast":   {Unicast: [][]byte{{1}}},
-		"Multicast": {Multicast: make([][]byte, maxTableMACs+1)},
-		"VLANs":     {VLANs: make([]uint64, 1)},
-		"Pairs":     {Pairs: 3},
-		"Offloads":  {Offloads: 1 << 63},
+		"Unicast, Multicast": {RxFilter: RxFilter{Multicast: make([]MAC, maxTableMACs+1)}},
+		"Pairs":              {Pairs: 3},
+		"Offloads":           {Offloads: 1 << 63},
 	} {
-		if bad.MAC == nil {
-			bad.MAC = testMAC[:]
-		}
-		if bad.VLANs == nil {
-			bad.VLANs = make([]uint64, 64)
-		}
 		if bad.Pairs == 0 {
 			bad.Pairs = 1
 		}
