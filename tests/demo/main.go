@@ -76,12 +76,12 @@ func prepare(ctx context.Context) error {
 		return errors.New("needs root, for the guest's TAP and for what may have to be installed")
 	}
 	build := command(ctx, "make", "-s", "--no-print-directory", "build", "install")
-	if err := step(ctx, "building baton and the nested host", build); err != nil {
+	if err := step("building baton and the nested host", build); err != nil {
 		return err
 	}
 	image := command(ctx, "go", "run", ".", "demo", "test")
 	image.Dir = "guest-images"
-	if err := step(ctx, "building the guest's image", image); err != nil {
+	if err := step("building the guest's image", image); err != nil {
 		return err
 	}
 	self, err := os.Executable()
@@ -133,7 +133,7 @@ func command(ctx context.Context, name string, args ...string) *exec.Cmd {
 }
 
 // step runs a command and says that it does once it has taken 2 s, then ever more seldom.
-func step(ctx context.Context, what string, cmd *exec.Cmd) error {
+func step(what string, cmd *exec.Cmd) error {
 	begin := time.Now()
 	ended := make(chan struct{})
 	said := make(chan struct{})

@@ -18,7 +18,6 @@ import (
 // A Peer is the rest of the world as the guest sees it: an endpoint in a network namespace
 // of its own, at the other end of the wire.
 type Peer struct {
-	Name   string // of its interface, in the namespace
 	Uplink string // the interface of the host under test that the wire leads to
 
 	t  testing.TB
@@ -74,7 +73,7 @@ func newPeer(t testing.TB, name, uplink, cidr string) *Peer {
 	t.Helper()
 	home, err := netns.Get()
 	must(t, "network namespace", err)
-	p := &Peer{Name: name, Uplink: uplink, t: t}
+	p := &Peer{Uplink: uplink, t: t}
 	p.ns, err = newNamespace(peerNamespace, home)
 	must(t, "network namespace "+peerNamespace, err)
 	undo(t, "network namespace", func() error {

@@ -17,7 +17,6 @@ import (
 // A Pinger sends echo requests at a fixed pace and knows when each answer came: how long a
 // guest was out of reach, and when.
 type Pinger struct {
-	t    testing.TB
 	conn *net.IPConn
 	stop chan struct{}
 	done sync.WaitGroup
@@ -69,7 +68,7 @@ func (p *Peer) Pinger(addr string, interval time.Duration) *Pinger {
 }
 
 func newPinger(t testing.TB, conn *net.IPConn, interval time.Duration) *Pinger {
-	p := &Pinger{t: t, conn: conn, stop: make(chan struct{})}
+	p := &Pinger{conn: conn, stop: make(chan struct{})}
 	p.done.Go(func() { p.send(interval) })
 	p.done.Go(p.receive)
 	t.Cleanup(func() { p.Stop() })

@@ -205,7 +205,7 @@ func (w *World) start(ctx context.Context, way Way, host int, uri string) *Machi
 	}
 	m.Guest = harness.Start(w.T, harness.GuestConfig{VMM: way.VMM, Args: append(args, way.Args...), Name: fmt.Sprintf("%s-%d", strings.ReplaceAll(way.Name, " ", "-"), w.n)})
 	m.QMP = harness.DialQMP(w.T, ctx, base+".qmp")
-	m.Log = record(w.T, ctx, base+".log")
+	m.Log = record(w.T, base+".log")
 	if !way.qemu() {
 		w.T.Cleanup(func() {
 			if w.T.Failed() {
@@ -258,7 +258,6 @@ type Trip struct {
 	Phases         []timeline.Phase
 	Plugged        float64 // seconds from the resume to the primary's carrier; 0: it has none
 	Status         string  // of the source
-	Error          string
 	Pings          harness.Pings
 	PingSeries     []timeline.Point // round trips in ms
 	In, Out        nettool.DatagramResult
@@ -422,7 +421,7 @@ type Recorder struct {
 	err    error
 }
 
-func record(t testing.TB, ctx context.Context, path string) *Recorder {
+func record(t testing.TB, path string) *Recorder {
 	t.Helper()
 	r := &Recorder{more: make(chan struct{})}
 	conn, err := net.Dial("unix", path)

@@ -2,17 +2,13 @@ package hmp
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"strings"
 )
 
 // just is a command that passes nothing on and has nothing to show.
 func just(name, alias, help string) command {
-	return command{name: name, alias: alias, help: help, qmp: name, run: func(m *Monitor, _ []string) (string, error) {
-		_, err := m.cfg.Execute(name, nil)
-		return "", err
-	}}
+	return command{name: name, alias: alias, help: help, qmp: name, run: func(m *Monitor, _ []string) (string, error) { return m.do(name, nil) }}
 }
 
 func commands() []command {
@@ -28,10 +24,7 @@ func commands() []command {
 		{name: "device_add", params: "DRIVER[,KEY=VALUE...]", help: "plug a device into a free slot, or that of bus=", qmp: "device_add", run: (*Monitor).deviceAdd},
 		{name: "device_del", params: "ID [MODE]", help: "unplug a device: cooperative, which asks the guest, or surprise", qmp: "device_del", run: (*Monitor).deviceDel},
 		{name: "netdev_add", params: "tap,id=ID[,KEY=VALUE...]", help: "add a host's side of a network card", qmp: "netdev_add", run: (*Monitor).netdevAdd},
-		{name: "netdev_del", params: "ID", help: "remove one", qmp: "netdev_del", run: func(m *Monitor, args []string) (string, error) {
-			_, err := m.cfg.Execute("netdev_del", map[string]any{"id": args[0]})
-			return "", err
-		}},
+		{name: "netdev_del", params: "ID", help: "remove one", qmp: "netdev_del", run: pass("netdev_del", "id")},
 		{name: "set_link", params: "NAME on|off", help: "plug or pull the cable of a network card or a netdev", qmp: "set_link", run: (*Monitor).setLink},
 	}
 }
@@ -109,8 +102,7 @@ func (m *Monitor) netdevAdd(args []string) (string, error) {
 			object[key] = value
 		}
 	}
-	_, err = m.cfg.Execute("netdev_add", object)
-	return "", err
+	return m.do("netdev_add", object)
 }
 
 // deviceAdd takes what -device takes.
@@ -125,8 +117,7 @@ func (m *Monitor) deviceAdd(args []string) (string, error) {
 	if id, ok := object["id"].(Word); ok {
 		object["id"] = string(id)
 	}
-	_, err = m.cfg.Execute("device_add", object)
-	return "", err
+	return m.do("device_add", object)
 }
 
 func (m *Monitor) deviceDel(args []string) (string, error) {
@@ -134,16 +125,15 @@ func (m *Monitor) deviceDel(args []string) (string, error) {
 	if len(args) > 1 {
 		object["mode"] = args[1]
 	}
-	_, err := m.cfg.Execute("device_del", object)
-	return "", err
+	return m.do("device_del", object)
 }
 
 func (m *Monitor) setLink(args []string) (string, error) {
-	if args[1] != "on" && args[1] != "off" {
-		return "", errors.New("want 'on' or 'off'")
+	up, err := onOff(args[1])
+	if err != nil {
+		return "", err
 	}
-	_, err := m.cfg.Execute("set_link", map[string]any{"name": args[0], "up": args[1] == "on"})
-	return "", err
+	return m.do("set_link", map[string]any{"name": args[0], "up": up})
 }
 
 func infoStatus(m *Monitor, _ []string) (string, error) {

@@ -193,6 +193,20 @@ func (m *Monitor) Complete(line string) (longer string, choices []string) {
 	return line, choices
 }
 
+// do runs a command of QMP that has nothing to show.
+func (m *Monitor) do(command string, args map[string]any) (string, error) {
+	_, err := m.cfg.Execute(command, args)
+	return "", err
+}
+
+// onOff reads a word that says on or off.
+func onOff(word string) (bool, error) {
+	if word != "on" && word != "off" {
+		return false, errors.New("want 'on' or 'off'")
+	}
+	return word == "on", nil
+}
+
 // ask runs a query of QMP and reads the part of its result that T has.
 func ask[T any](m *Monitor, query string) (v T, err error) {
 	result, err := m.cfg.Execute(query, nil)

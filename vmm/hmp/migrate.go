@@ -16,8 +16,7 @@ func migration() []command {
 				if len(args) == 2 && args[0] != "-d" || strings.HasPrefix(uri, "-") {
 					return "", fmt.Errorf("what is %s?", args[0])
 				}
-				_, err := m.cfg.Execute("migrate", map[string]any{"uri": uri})
-				return "", err
+				return m.do("migrate", map[string]any{"uri": uri})
 			}},
 		just("migrate_cancel", "", "call it off"),
 		{name: "migrate_continue", params: "STATE", help: "go on after pre-switchover", qmp: "migrate-continue", run: pass("migrate-continue", "state")},
@@ -36,19 +35,16 @@ var migrationInfos = []command{
 
 // pass runs a command of QMP with the one argument.
 func pass(command, name string) func(*Monitor, []string) (string, error) {
-	return func(m *Monitor, args []string) (string, error) {
-		_, err := m.cfg.Execute(command, map[string]any{name: args[0]})
-		return "", err
-	}
+	return func(m *Monitor, args []string) (string, error) { return m.do(command, map[string]any{name: args[0]}) }
 }
 
 func (m *Monitor) setCapability(args []string) (string, error) {
-	if args[1] != "on" && args[1] != "off" {
-		return "", fmt.Errorf("want 'on' or 'off'")
+	on, err := onOff(args[1])
+	if err != nil {
+		return "", err
 	}
-	c := map[string]any{"capability": args[0], "state": args[1] == "on"}
-	_, err := m.cfg.Execute("migrate-set-capabilities", map[string]any{"capabilities": []any{c}})
-	return "", err
+	c := map[string]any{"capability": args[0], "state": on}
+	return m.do("migrate-set-capabilities", map[string]any{"capabilities": []any{c}})
 }
 
 // setParameter gives the value the type that the parameter has.
@@ -66,13 +62,11 @@ func (m *Monitor) setParameter(args []string) (string, error) {
 		}
 		value = json.Number(fmt.Sprint(n))
 	case bool:
-		value = args[1] == "on"
-		if args[1] != "on" && args[1] != "off" {
-			return "", fmt.Errorf("want 'on' or 'off'")
+		if value, err = onOff(args[1]); err != nil {
+			return "", err
 		}
 	}
-	_, err = m.cfg.Execute("migrate-set-parameters", map[string]any{args[0]: value})
-	return "", err
+	return m.do("migrate-set-parameters", map[string]any{args[0]: value})
 }
 
 // parseSize reads a number that may end in K, M, G or T.

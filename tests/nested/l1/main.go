@@ -56,7 +56,7 @@ func run() error {
 	defer runtime.KeepAlive(vm)
 
 	l := link{enc: json.NewEncoder(port)}
-	ready := proto.Ready{UptimeSeconds: uptime()}
+	var ready proto.Ready
 	for _, e := range s.errs {
 		ready.Notes = append(ready.Notes, e.Error())
 	}
@@ -103,10 +103,4 @@ func openPort(name string) (*os.File, error) {
 		}
 	}
 	return nil, fmt.Errorf("virtio-serial port %s: not found among %q", name, ports)
-}
-
-func uptime() (s float64) {
-	b, _ := os.ReadFile("/proc/uptime")
-	fmt.Sscan(string(b), &s)
-	return s
 }

@@ -47,8 +47,7 @@ type Message struct {
 
 // Ready says that L1 takes commands.
 type Ready struct {
-	UptimeSeconds float64  // since the kernel started
-	Notes         []string // what could not be set up, and why
+	Notes []string // what could not be set up, and why
 }
 
 // Output is a piece of what the program printed.
