@@ -1,5 +1,5 @@
 // Package char opens what the host lends to a serial port or a console: a terminal, a
-// file, a socket, a pseudo terminal.
+// file, a socket.
 //
 //	guest ──Write──> buffer (1 MiB) ──goroutine──> peer      no peer, full buffer: dropped, counted
 //	guest <──Read──────────────────────────────── peer      waits for the next peer
