@@ -75,7 +75,7 @@ func TestStartInfo(t *testing.T) {
 		t.Fatal(err)
 	}
 	u32 := func(gpa uint64) uint64 { v, err := mem.Load32(gpa); must(t, err); return uint64(v) }
-	u64 := func(gpa uint64) uint64 { v, err := mem.Load64(gpa); must(t, err); return v }
+	u64 := func(gpa uint64) uint64 { return u32(gpa) | u32(gpa+4)<<32 }
 	si := e.StartInfo
 	if u32(si) != 0x336ec578 || u32(si+4) != 1 || u32(si+8) != 0 {
 		t.Errorf("magic %#x version %d flags %#x", u32(si), u32(si+4), u32(si+8))

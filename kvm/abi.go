@@ -110,8 +110,6 @@ type Cap uint32
 const (
 	CapUserMemory             Cap = 3
 	CapExtCPUID               Cap = 7
-	CapNrVCPUs                Cap = 9  // recommended maximum
-	CapNrMemslots             Cap = 10 // number of slots
 	CapMPState                Cap = 14
 	CapIRQFD                  Cap = 32
 	CapIOEventFD              Cap = 36
@@ -120,7 +118,6 @@ const (
 	CapDebugRegs              Cap = 50
 	CapXCRs                   Cap = 56
 	CapTSCControl             Cap = 60
-	CapMaxVCPUs               Cap = 66
 	CapTSCDeadlineTimer       Cap = 72
 	CapSignalMSI              Cap = 77
 	CapReadonlyMem            Cap = 81
@@ -326,8 +323,3 @@ const (
 // insnOffset is emulation_failure.insn_size, which insn_bytes[15] follow. The structure
 // overlays exitInternal; bit 0 of its flags, data[0], says that it is there.
 const insnOffset = 16
-
-type exitSystemEvent struct {
-	kind, n uint32
-	data    [16]uint64
-}

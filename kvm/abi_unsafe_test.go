@@ -136,7 +136,6 @@ var abi = []struct {
 	{"offsetof(struct kvm_run, fail_entry.cpu) - offsetof(struct kvm_run, fail_entry)", unsafe.Offsetof(exitFailEntry{}.cpu), ""},
 	{"offsetof(struct kvm_run, internal.data) - offsetof(struct kvm_run, internal)", unsafe.Offsetof(exitInternal{}.data), ""},
 	{"offsetof(struct kvm_run, emulation_failure.insn_size) - offsetof(struct kvm_run, internal)", insnOffset, ""},
-	{"offsetof(struct kvm_run, system_event.data) - offsetof(struct kvm_run, system_event)", unsafe.Offsetof(exitSystemEvent{}.data), ""},
 
 	// Constants.
 	{"KVM_IRQ_ROUTING_MSI", irqRoutingMSI, ""},
@@ -163,9 +162,6 @@ var abi = []struct {
 	{"KVM_INTERNAL_ERROR_SIMUL_EX", internalSimulEx, ""},
 	{"KVM_INTERNAL_ERROR_DELIVERY_EV", internalDelivery, ""},
 	{"KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON", internalExitReason, ""},
-	{"KVM_SYSTEM_EVENT_SHUTDOWN", SystemEventShutdown, ""},
-	{"KVM_SYSTEM_EVENT_RESET", SystemEventReset, ""},
-	{"KVM_SYSTEM_EVENT_CRASH", SystemEventCrash, ""},
 	{"KVM_EXIT_UNKNOWN", uintptr(ExitUnknown), ""},
 	{"KVM_EXIT_EXCEPTION", uintptr(ExitException), ""},
 	{"KVM_EXIT_IO", uintptr(ExitIO), ""},
@@ -195,9 +191,6 @@ var abi = []struct {
 	{"KVM_DEV_VFIO_GROUP", devVFIOFile, ""},
 	{"KVM_DEV_VFIO_GROUP_ADD", devVFIOFileAdd, ""},
 	{"KVM_DEV_VFIO_GROUP_DEL", devVFIOFileDel, ""},
-	{"KVM_CAP_NR_VCPUS", uintptr(CapNrVCPUs), ""},
-	{"KVM_CAP_NR_MEMSLOTS", uintptr(CapNrMemslots), ""},
-	{"KVM_CAP_MAX_VCPUS", uintptr(CapMaxVCPUs), ""},
 }
 
 // TestABI lets a C compiler compute the table from the kernel's headers.

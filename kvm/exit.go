@@ -26,7 +26,7 @@ const (
 	ExitTPRAccess     ExitReason = 12
 	ExitNMI           ExitReason = 16
 	ExitInternalError ExitReason = 17 // see VCPU.InternalError
-	ExitSystemEvent   ExitReason = 24 // see VCPU.SystemEvent
+	ExitSystemEvent   ExitReason = 24
 	ExitIOAPICEOI     ExitReason = 26 // see VCPU.EOIVector
 	ExitHyperV        ExitReason = 27
 	ExitRDMSR         ExitReason = 29
@@ -91,19 +91,6 @@ func (v *VCPU) MMIO() MMIOExit {
 
 // EOIVector is the detail of ExitIOAPICEOI: the vector whose interrupt the guest ended.
 func (v *VCPU) EOIVector() uint8 { return v.run.exit[0] }
-
-// SystemEvent kinds, KVM_SYSTEM_EVENT_*.
-const (
-	SystemEventShutdown = 1
-	SystemEventReset    = 2
-	SystemEventCrash    = 3
-)
-
-// SystemEvent is the detail of ExitSystemEvent.
-func (v *VCPU) SystemEvent() (kind uint32, data []uint64) {
-	e := exitAs[exitSystemEvent](v.run)
-	return e.kind, e.data[:min(int(e.n), len(e.data))]
-}
 
 // FailEntry is the detail of ExitFailEntry: the processor refused the vCPU's state. Reason
 // is the processor's code (Intel SDM vol. 3, 27.8 or AMD APM vol. 2, appendix C).

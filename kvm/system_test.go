@@ -6,7 +6,6 @@ import (
 	"errors"
 	"io"
 	"os"
-	"slices"
 	"strings"
 	"testing"
 
@@ -99,10 +98,6 @@ func TestExitDetails(t *testing.T) {
 		}
 	}
 
-	put(uint32(SystemEventReset), uint32(2), uint64(7), uint64(8))
-	if k, d := v.SystemEvent(); k != SystemEventReset || !slices.Equal(d, []uint64{7, 8}) {
-		t.Errorf("SystemEvent = %d, %d", k, d)
-	}
 	put(uint64(0x80000021), uint32(3))
 	if r, c := v.FailEntry(); r != 0x80000021 || c != 3 {
 		t.Errorf("FailEntry = %#x, %d", r, c)

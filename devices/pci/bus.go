@@ -35,9 +35,6 @@ type Bus struct {
 	ghosts []devices.Range // of functions that were pulled; the same
 }
 
-// Port is the root port that the bus is behind, nil for the root bus.
-func (b *Bus) Port() *RootPort { return b.port }
-
 // Add puts f at slot and fn. Slot -1 is the first free slot; fn -1 is function 0. Function
 // 0 of a slot with others must be multifunction; it may be added after them. Behind a port
 // this is for what the guest finds when it starts, see [Slot.Plug].
@@ -114,23 +111,8 @@ func (b *Bus) add(slot, fn int, f Function) error {
 	return nil
 }
 
-// Remove takes f off the root bus and unmaps its BARs. An access that was under way may still
-// reach the function. What is behind a root port leaves its [Slot].
-func (b *Bus) Remove(f Function) error {
-	c := f.Config()
-	if _, ok := f.(*RootPort); ok || b.port != nil {
-		return fmt.Errorf("remove %s: a root port stays where it is, and what is behind it leaves its slot", c.id)
-	}
-	b.rc.mu.Lock()
-	defer b.rc.mu.Unlock()
-	if at := c.at.Load(); at == nil || at.bus != b {
-		return fmt.Errorf("remove %s: it is not on bus %s", c.id, b.ID)
-	}
-	b.remove(f)
-	return nil
-}
-
-// clear is Remove for all functions behind a port. With ghosts, what answers in their place
+// clear takes all functions behind a port off the bus. An access that was under way may still
+// reach them. With ghosts, what answers in their place
 // stays behind, until exorcise.
 func (b *Bus) clear(ghosts bool) []Function {
 	b.rc.mu.Lock()
@@ -167,7 +149,7 @@ func (b *Bus) exorcise() {
 	}
 }
 
-// remove is Remove with the root complex's lock held.
+// remove takes f off the bus and unmaps its BARs; the root complex's lock is held.
 func (b *Bus) remove(f Function) {
 	c := f.Config()
 	for _, bar := range c.bars {

@@ -314,18 +314,6 @@ func (s *Slot) reset() {
 	})
 }
 
-// Take takes the device out of the slot of a guest that does not run, and is to be reset: nobody
-// is told.
-func (s *Slot) Take() {
-	s.locked(func(*then) {
-		s.port.secondary.clear(false)
-		s.port.secondary.exorcise()
-		s.port.show(false)
-		s.setIndicator(indicatorOff)
-		s.state, s.unaware, s.check, s.eject, s.asked = SlotEmpty, false, false, false, false
-	})
-}
-
 // Settle does what the guest would have to do, for a guest that has not run since the machine
 // was reset.
 func (s *Slot) Settle() { s.reset() }

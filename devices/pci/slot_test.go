@@ -263,13 +263,6 @@ func TestSlotReset(t *testing.T) {
 			})
 		}
 	}
-	m := newSlotMachine(t, RootPortConfig{})
-	m.plug(newFunction(t, "f", 0))
-	m.port.Slot().Take()
-	m.want(SlotEmpty)
-	if m.vendor() != ^uint32(0) || m.port.slot.statusBits() != 0 {
-		t.Errorf("vendor %#x, status %#x", m.vendor(), m.port.slot.statusBits())
-	}
 }
 
 // Functions 1 to 7 leave with function 0.
@@ -340,7 +333,6 @@ func TestSlotGhost(t *testing.T) {
 			}
 			m.drained()
 		},
-		"taken": func(m *slotMachine) { m.drained(); m.port.Slot().Take() },
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := pull(t)

@@ -466,7 +466,7 @@ func TestPCIDriver(t *testing.T) {
 		g.setStatus(0)
 		for _, addr := range []uint64{0x10000, virtiotest.HighBase} {
 			for _, o := range []uint64{0x1000, 0x2000} {
-				_ = g.mem.Store32(addr+o, 0)
+				_, _ = g.mem.WriteAt(make([]byte, 4), int64(addr+o))
 			}
 		}
 	}
