@@ -160,7 +160,6 @@ func (idle) Type() uint32                     { return virtio.TypeNet }
 func (idle) Features() uint64                 { return virtio.CoreFeatures }
 func (idle) QueueSizes() []uint16             { return []uint16{256, 256} }
 func (idle) ReadConfig(_ uint64, p []byte)    { clear(p) }
-func (idle) WriteConfig(uint64, []byte)       {}
 func (idle) Activate(virtio.Activation) error { return nil }
 func (idle) Resume(virtio.Activation) error   { return nil }
 func (idle) Reset()                           {}

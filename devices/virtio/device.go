@@ -38,8 +38,8 @@ const (
 
 // Device is a model: what kind of device the guest sees, whatever the transport.
 //
-// All but ReadConfig and WriteConfig are never called at the same time. ReadConfig and WriteConfig
-// may be called at any time, from any vCPU's thread.
+// All but ReadConfig are never called at the same time. ReadConfig may be called at any time, from
+// any vCPU's thread. Nothing in the configuration space of a device here is the driver's to write.
 type Device interface {
 	// Type is the device type of section 5.
 	Type() uint32
@@ -50,9 +50,6 @@ type Device interface {
 	// ReadConfig fills p from the device configuration space (2.5) at off; what lies
 	// beyond its end is zero. Any width may come.
 	ReadConfig(off uint64, p []byte)
-	// WriteConfig changes the device configuration space; what is not writable, or lies
-	// beyond its end, is ignored.
-	WriteConfig(off uint64, p []byte)
 	// Activate begins to serve the queues. It is called once between two resets. After an
 	// error the device is reset before it is activated again.
 	Activate(Activation) error

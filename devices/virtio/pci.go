@@ -243,9 +243,7 @@ func (p window) Write(off uint64, b []byte) {
 	switch page := off &^ (barPage - 1); page {
 	case barCommon:
 		p.writeCommon(off-barCommon, b)
-	case barISR:
-	case barDevice:
-		p.dev.WriteConfig(off-barDevice, b)
+	case barISR, barDevice:
 	case barNotify:
 		// Normally the doorbell takes it and this is never reached.
 		if i := (off - barNotify) / notifyMultiplier; off%notifyMultiplier == 0 && i < uint64(len(p.queues)) {

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/bits"
+	"slices"
 	"sync"
 
 	"baton/devices"
@@ -133,18 +134,11 @@ func (d *Device) Features() uint64 { return d.features }
 
 // QueueSizes implements [virtio.Device].
 func (d *Device) QueueSizes() []uint16 {
-	sizes := make([]uint16, d.cfg.Queues)
-	for i := range sizes {
-		sizes[i] = queueSize
-	}
-	return sizes
+	return slices.Repeat([]uint16{queueSize}, d.cfg.Queues)
 }
 
 // ReadConfig implements [virtio.Device].
 func (d *Device) ReadConfig(off uint64, p []byte) { virtio.CopyConfig(p, d.space[:], off) }
-
-// WriteConfig implements [virtio.Device]; nothing is writable.
-func (d *Device) WriteConfig(uint64, []byte) {}
 
 // Activate implements [virtio.Device].
 func (d *Device) Activate(a virtio.Activation) error {

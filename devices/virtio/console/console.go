@@ -17,6 +17,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"baton/devices/virtio"
@@ -120,19 +121,11 @@ func (d *Device) Features() uint64 { return virtio.CoreFeatures | featureMultipo
 
 // QueueSizes implements [virtio.Device].
 func (d *Device) QueueSizes() []uint16 {
-	sizes := make([]uint16, 2*len(d.ports)+2)
-	for i := range sizes {
-		sizes[i] = queueSize
-	}
-	return sizes
+	return slices.Repeat([]uint16{queueSize}, 2*len(d.ports)+2)
 }
 
 // ReadConfig implements [virtio.Device].
 func (d *Device) ReadConfig(off uint64, p []byte) { virtio.CopyConfig(p, d.space[:], off) }
-
-// WriteConfig implements [virtio.Device]: there is no emergency write, which would need a
-// feature bit of its own.
-func (d *Device) WriteConfig(uint64, []byte) {}
 
 // Activate implements [virtio.Device].
 func (d *Device) Activate(a virtio.Activation) error {

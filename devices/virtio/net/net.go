@@ -11,6 +11,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -161,18 +162,11 @@ func (n *Net) Features() uint64 {
 
 // QueueSizes is receive and transmit of each pair, and control: 5.1.2.
 func (n *Net) QueueSizes() []uint16 {
-	var sizes []uint16
-	for range 2 * n.cfg.Queues {
-		sizes = append(sizes, n.cfg.QueueSize)
-	}
-	return append(sizes, ctrlQueueSize)
+	return append(slices.Repeat([]uint16{n.cfg.QueueSize}, 2*n.cfg.Queues), ctrlQueueSize)
 }
 
 // ReadConfig reads struct virtio_net_config: 5.1.4.
 func (n *Net) ReadConfig(off uint64, p []byte) { virtio.CopyConfig(p, n.config.Load()[:], off) }
-
-// WriteConfig does nothing: the driver sets its MAC through the control queue.
-func (n *Net) WriteConfig(uint64, []byte) {}
 
 // setConfig renews the configuration space; mu is held.
 func (n *Net) setConfig() {

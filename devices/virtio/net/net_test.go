@@ -129,7 +129,6 @@ func TestConfig(t *testing.T) {
 	if !bytes.Equal(got, want) {
 		t.Errorf("config % x, want % x", got, want)
 	}
-	n.WriteConfig(0, make([]byte, 20))
 	n.SetLink(false)
 	want[6] = 0
 	if n.ReadConfig(0, got); !bytes.Equal(got, want) {

@@ -35,9 +35,6 @@ func (d *Device) QueueSizes() []uint16 { return []uint16{queueSize} }
 // ReadConfig implements [virtio.Device]; there is no configuration space.
 func (d *Device) ReadConfig(_ uint64, p []byte) { clear(p) }
 
-// WriteConfig implements [virtio.Device].
-func (d *Device) WriteConfig(uint64, []byte) {}
-
 // Activate implements [virtio.Device].
 func (d *Device) Activate(a virtio.Activation) error {
 	if q := a.Queues[0]; q.Enabled {
