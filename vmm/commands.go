@@ -64,9 +64,9 @@ func (m *Machine) cont() error {
 	case StateInMigrate:
 		m.cfg.Paused = false // once the guest is there
 	case StateFinishMigrate:
-		return qmp.Errorf(qmp.GenericError, "Migration is not finalized yet")
+		return qmp.Errorf("Migration is not finalized yet")
 	case StateInternalError, StateShutdown:
-		return qmp.Errorf(qmp.GenericError, "Resetting the Virtual Machine is required")
+		return qmp.Errorf("Resetting the Virtual Machine is required")
 	default:
 		if err := m.takeBack(); err != nil {
 			return err

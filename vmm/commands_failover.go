@@ -90,9 +90,9 @@ func (m *Machine) failoverSwitch(a switchArgs) error {
 	case p == nil:
 		return qmp.NoDevice(a.ID)
 	case p.primary == nil:
-		return qmp.Errorf(qmp.GenericError, "Device '%s' has no primary", p.standby)
+		return qmp.Errorf("Device '%s' has no primary", p.standby)
 	case a.To == "standby" && (a.Host != nil || a.Pool != nil):
-		return qmp.Errorf(qmp.GenericError, "Parameters 'host' and 'pool' are for a switch to the primary")
+		return qmp.Errorf("Parameters 'host' and 'pool' are for a switch to the primary")
 	case a.To == "standby":
 		p.Leave(true, func(error) {}) // FAILOVER_STATE says why not
 		return nil
@@ -121,9 +121,9 @@ func (p *failoverPair) replace(host, pool *string) error {
 	}
 	switch _, err := d.hostFunction(); {
 	case d.Driver != "vfio-pci":
-		return qmp.Errorf(qmp.GenericError, "Device '%s' is no function of the host", d.ID)
+		return qmp.Errorf("Device '%s' is no function of the host", d.ID)
 	case p.InSlot():
-		return qmp.Errorf(qmp.GenericError, "Device '%s' is in use: switch to the standby first", d.ID)
+		return qmp.Errorf("Device '%s' is in use: switch to the standby first", d.ID)
 	case err != nil:
 		return err
 	}

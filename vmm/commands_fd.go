@@ -30,7 +30,7 @@ func (m *Machine) fileCommands() []qmp.Command {
 		qmp.Act("closefd", func(a closefdArgs) error {
 			f := m.takeFile(a.Name)
 			if f == nil {
-				return qmp.Errorf(qmp.GenericError, "File descriptor named '%s' not found", a.Name)
+				return qmp.Errorf("File descriptor named '%s' not found", a.Name)
 			}
 			return f.Close()
 		}),
@@ -41,10 +41,10 @@ func (m *Machine) fileCommands() []qmp.Command {
 func (m *Machine) getfd(a getfdArgs) error {
 	switch {
 	case a.File.File == nil:
-		return qmp.Errorf(qmp.GenericError, "No file descriptor supplied via SCM_RIGHTS")
+		return qmp.Errorf("No file descriptor supplied via SCM_RIGHTS")
 	case a.Name != "" && a.Name[0] >= '0' && a.Name[0] <= '9': // it could not be told from a number
 		a.File.Close()
-		return qmp.Errorf(qmp.GenericError, "Parameter 'fdname' expects a name not starting with a digit")
+		return qmp.Errorf("Parameter 'fdname' expects a name not starting with a digit")
 	}
 	if old := m.takeFile(a.Name); old != nil {
 		old.Close()

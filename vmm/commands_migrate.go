@@ -123,7 +123,7 @@ func (m *Machine) migrationCommands() []qmp.Command {
 	return []qmp.Command{
 		qmp.Act("migrate", func(a migrateArgs) error {
 			if a.Resume != nil && *a.Resume {
-				return qmp.Errorf(qmp.GenericError, "Cannot resume if there is no paused migration")
+				return qmp.Errorf("Cannot resume if there is no paused migration")
 			}
 			addr, err := migrationAddress(a.URI, a.Channels)
 			if err == nil {
@@ -136,13 +136,13 @@ func (m *Machine) migrationCommands() []qmp.Command {
 		qmp.Act("migrate-continue", func(a continueArgs) error {
 			s := m.migrationStats().Status
 			if a.State != "pre-switchover" || s != migrate.StatusPreSwitchover || m.migration.source == nil {
-				return qmp.Errorf(qmp.GenericError, "Migration not in expected state: %s", s)
+				return qmp.Errorf("Migration not in expected state: %s", s)
 			}
 			return m.migration.source.Continue()
 		}),
 		qmp.Act("migrate-recover", func(a recoverArgs) error { return m.recoverMigration(a.URI) }),
 		qmp.Act("migrate-pause", func(qmp.None) error {
-			return qmp.Errorf(qmp.GenericError, "migrate-pause is currently only supported during postcopy-active or postcopy-recover state")
+			return qmp.Errorf("migrate-pause is currently only supported during postcopy-active or postcopy-recover state")
 		}),
 		qmp.Act("x-migrate-decide", func(a decideArgs) error { return m.decideMigration(a.RunHere) }),
 		qmp.Act("migrate-set-capabilities", m.setCapabilities),
@@ -171,11 +171,11 @@ func convert(from, to any) error {
 func migrationAddress(uri *string, channels []migrateChannel) (a wire.Address, err error) {
 	switch {
 	case (uri == nil) == (channels == nil):
-		return a, qmp.Errorf(qmp.GenericError, "need either 'uri' or 'channels' argument")
+		return a, qmp.Errorf("need either 'uri' or 'channels' argument")
 	case uri != nil:
 		return wire.ParseURI(*uri)
 	case len(channels) != 1:
-		return a, qmp.Errorf(qmp.GenericError, "Channel list must have only one entry, for type 'main'")
+		return a, qmp.Errorf("Channel list must have only one entry, for type 'main'")
 	}
 	return channels[0].Address.parse()
 }
@@ -183,7 +183,7 @@ func migrationAddress(uri *string, channels []migrateChannel) (a wire.Address, e
 func (c *migrateAddress) parse() (a wire.Address, err error) {
 	need := func(name string, v *string) string {
 		if v == nil && err == nil {
-			err = qmp.Errorf(qmp.GenericError, "Parameter 'channels[0].addr.%s' is missing", name)
+			err = qmp.Errorf("Parameter 'channels[0].addr.%s' is missing", name)
 		}
 		if v == nil {
 			return ""
@@ -217,9 +217,9 @@ func (c *migrateAddress) parse() (a wire.Address, err error) {
 func (m *Machine) incoming(a incomingArgs) error {
 	switch {
 	case m.migration.target != nil:
-		return qmp.Errorf(qmp.GenericError, "The incoming migration has already been started")
+		return qmp.Errorf("The incoming migration has already been started")
 	case m.State() != StateInMigrate:
-		return qmp.Errorf(qmp.GenericError, "'-incoming' was not specified on the command line")
+		return qmp.Errorf("'-incoming' was not specified on the command line")
 	}
 	addr, err := migrationAddress(a.URI, a.Channels)
 	if err != nil {
@@ -232,7 +232,7 @@ func (m *Machine) incoming(a incomingArgs) error {
 // recoverMigration is for a source that has sent the commit and hears nothing: it asks at uri.
 func (m *Machine) recoverMigration(uri string) error {
 	if s := m.migration.source; s == nil || s.Stats().State != migrate.SourceAsking {
-		return qmp.Errorf(qmp.GenericError, "Migrate recover can only be run when postcopy is paused.")
+		return qmp.Errorf("Migrate recover can only be run when postcopy is paused.")
 	}
 	a, err := wire.ParseURI(uri)
 	if err != nil {
@@ -249,7 +249,7 @@ func (m *Machine) decideMigration(here bool) error {
 		risk = "if the target is gone, the guest is lost"
 	}
 	if !m.migrating() {
-		return qmp.Errorf(qmp.GenericError, "Migration not in expected state: %s", m.migrationStats().Status)
+		return qmp.Errorf("Migration not in expected state: %s", m.migrationStats().Status)
 	}
 	err := m.migration.last.Decide(here)
 	if err == nil {
@@ -265,7 +265,7 @@ func (m *Machine) setCapabilities(a capabilitiesArgs) error {
 	var set []migrate.Capability
 	for _, c := range a.Capabilities {
 		if c.Capability == migrate.CapMultifd && m.migration.target != nil && m.State() == StateInMigrate {
-			return qmp.Errorf(qmp.GenericError, "Multifd must be set before incoming starts")
+			return qmp.Errorf("Multifd must be set before incoming starts")
 		}
 		set = append(set, migrate.Capability{Name: string(c.Capability), State: c.State})
 	}

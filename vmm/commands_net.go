@@ -182,9 +182,9 @@ func (m *Machine) netCommands(ctx context.Context) []qmp.Command {
 func (m *Machine) netdevAdd(ctx context.Context, a netdevArgs) error {
 	switch {
 	case !wellFormedID.MatchString(a.ID):
-		return qmp.Errorf(qmp.GenericError, "Parameter 'id' expects an identifier")
+		return qmp.Errorf("Parameter 'id' expects an identifier")
 	case m.cfg.Netdev(a.ID) != nil:
-		return qmp.Errorf(qmp.GenericError, "Duplicate ID '%s'", a.ID)
+		return qmp.Errorf("Duplicate ID '%s'", a.ID)
 	}
 	text, err := json.Marshal(a)
 	if err != nil {
@@ -216,7 +216,7 @@ func (m *Machine) netdevDel(id string) error {
 	case m.cfg.Netdev(id) == nil:
 		return qmp.NoDevice(id)
 	case slices.ContainsFunc(m.cfg.Devices, func(d Device) bool { return d.Text("netdev") == id }):
-		return qmp.Errorf(qmp.GenericError, "Netdev '%s' is in use", id)
+		return qmp.Errorf("Netdev '%s' is in use", id)
 	}
 	m.cfg.Netdevs = slices.DeleteFunc(slices.Clone(m.cfg.Netdevs), func(n Netdev) bool { return n.ID == id })
 	if backend := m.nics.take(id); backend != nil {
@@ -318,7 +318,7 @@ func (m *Machine) rxFilters(a filterArgs) (list []rxFilter, err error) {
 		})
 	}
 	if a.Name != nil && list == nil {
-		return nil, qmp.Errorf(qmp.GenericError, "invalid net client name: %s", *a.Name)
+		return nil, qmp.Errorf("invalid net client name: %s", *a.Name)
 	}
 	return list, nil
 }

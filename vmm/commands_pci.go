@@ -55,7 +55,7 @@ func (m *Machine) qomGet(a qomArgs) (any, error) {
 	case a.Property == "mac" && ok:
 		return macs(mac)[0], nil
 	}
-	return nil, qmp.Errorf(qmp.GenericError, "Property '%s.%s' not found", d.Driver, a.Property)
+	return nil, qmp.Errorf("Property '%s.%s' not found", d.Driver, a.Property)
 }
 
 func (m *Machine) qomList(a qomListArgs) ([]qomProperty, error) {

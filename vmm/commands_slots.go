@@ -65,9 +65,9 @@ func (m *Machine) parseDevice(a deviceAddArgs) (d Device, err error) {
 	row := find(drivers, func(r *driver) bool { return r.name == a.Driver || slices.Contains(r.aliases, a.Driver) })
 	switch id, _ := a.Rest["id"].(string); {
 	case row == nil:
-		return d, qmp.Errorf(qmp.GenericError, "'%s' is not a valid device model name", a.Driver)
+		return d, qmp.Errorf("'%s' is not a valid device model name", a.Driver)
 	case id != "" && slices.ContainsFunc(m.cfg.Devices, func(d Device) bool { return d.ID == id }):
-		return d, qmp.Errorf(qmp.GenericError, "Duplicate device ID '%s'", id)
+		return d, qmp.Errorf("Duplicate device ID '%s'", id)
 	}
 	if err := checkTypes(row, a.Rest); err != nil {
 		return d, err
@@ -88,7 +88,7 @@ func checkTypes(row *driver, args map[string]any) error {
 			continue
 		}
 		if p == nil {
-			return qmp.Errorf(qmp.GenericError, "Property '%s.%s' not found", row.name, name)
+			return qmp.Errorf("Property '%s.%s' not found", row.name, name)
 		}
 		want, ok := "string", false
 		switch _, number := args[name].(json.Number); p.kind {
@@ -105,7 +105,7 @@ func checkTypes(row *driver, args map[string]any) error {
 			_, ok = args[name].(string)
 		}
 		if !ok {
-			return qmp.Errorf(qmp.GenericError, "Invalid parameter type for '%s', expected: %s", name, want)
+			return qmp.Errorf("Invalid parameter type for '%s', expected: %s", name, want)
 		}
 	}
 	return nil
@@ -120,16 +120,16 @@ func (m *Machine) deviceAdd(a deviceAddArgs) error {
 	if d.Bus != "" && d.on(busPCI) {
 		known := d.Bus == RootBus || slices.ContainsFunc(m.pci.Ports(), func(p *pci.RootPort) bool { return p.Secondary().ID == d.Bus })
 		if !known {
-			return qmp.Errorf(qmp.GenericError, "Bus '%s' not found", d.Bus)
+			return qmp.Errorf("Bus '%s' not found", d.Bus)
 		}
 	}
 	switch {
 	case d.Bus == RootBus || d.Driver == "pcie-root-port":
-		return qmp.Errorf(qmp.GenericError, "Bus '%s' does not support hotplugging", RootBus)
+		return qmp.Errorf("Bus '%s' does not support hotplugging", RootBus)
 	case !d.on(busPCI):
-		return qmp.Errorf(qmp.GenericError, "Device '%s' does not support hotplugging", d.Driver)
+		return qmp.Errorf("Device '%s' does not support hotplugging", d.Driver)
 	case m.migrating():
-		return qmp.Errorf(qmp.GenericError, "device_add not allowed while migrating")
+		return qmp.Errorf("device_add not allowed while migrating")
 	}
 	if d.Given(pairID) {
 		if err := d.checkPrimary(); err != nil {
@@ -150,7 +150,7 @@ func (m *Machine) deviceDel(a deviceDelArgs) error {
 	}
 	if a.Deadline != nil {
 		if *a.Deadline <= 0 || *a.Deadline > int64(24*time.Hour/time.Millisecond) {
-			return qmp.Errorf(qmp.GenericError, "Parameter 'deadline' expects milliseconds, up to a day")
+			return qmp.Errorf("Parameter 'deadline' expects milliseconds, up to a day")
 		}
 		deadline = time.Duration(*a.Deadline) * time.Millisecond
 	}
@@ -162,7 +162,7 @@ func (m *Machine) deviceDel(a deviceDelArgs) error {
 		return inProcess(d)
 	}
 	if d != nil && m.migrating() {
-		return qmp.Errorf(qmp.GenericError, "device_del not allowed while migrating")
+		return qmp.Errorf("device_del not allowed while migrating")
 	}
 	again := d != nil && d.unplug != nil && d.unplug.del
 	err := m.unplug(a.ID, mode, deadline, func(err error) {
@@ -197,7 +197,7 @@ func (m *Machine) blockdevAdd(a blockdevArgs) error {
 		return err
 	}
 	if id := p.cfg.Blockdevs[len(p.cfg.Blockdevs)-1].ID; m.cfg.Blockdev(id) != nil {
-		return qmp.Errorf(qmp.GenericError, "Duplicate nodes with node-name='%s'", id)
+		return qmp.Errorf("Duplicate nodes with node-name='%s'", id)
 	}
 	var bad problems
 	p.cfg.validateBackends(&bad)
@@ -211,9 +211,9 @@ func (m *Machine) blockdevAdd(a blockdevArgs) error {
 func (m *Machine) blockdevDel(node string) error {
 	switch {
 	case m.cfg.Blockdev(node) == nil:
-		return qmp.Errorf(qmp.GenericError, "Failed to find node with node-name='%s'", node)
+		return qmp.Errorf("Failed to find node with node-name='%s'", node)
 	case slices.ContainsFunc(m.cfg.Devices, func(d Device) bool { return d.Text("drive") == node }):
-		return qmp.Errorf(qmp.GenericError, "Node %s is in use", node)
+		return qmp.Errorf("Node %s is in use", node)
 	}
 	m.cfg.Blockdevs = slices.DeleteFunc(slices.Clone(m.cfg.Blockdevs), func(b Blockdev) bool { return b.ID == node })
 	return nil

@@ -76,14 +76,14 @@ func (m *Machine) blockers() (list []string) {
 func (m *Machine) startMigration(a wire.Address) error {
 	switch {
 	case m.State() == StateInMigrate:
-		return qmp.Errorf(qmp.GenericError, "Guest is waiting for an incoming migration")
+		return qmp.Errorf("Guest is waiting for an incoming migration")
 	case m.migrating():
 		return errMigrating
 	case m.State() == StatePostMigrate:
-		return qmp.Errorf(qmp.GenericError, "Can't migrate the vm that was paused due to previous migration")
+		return qmp.Errorf("Can't migrate the vm that was paused due to previous migration")
 	}
 	for _, b := range m.blockers() {
-		return qmp.Errorf(qmp.GenericError, "%s", b)
+		return qmp.Errorf("%s", b)
 	}
 	o, err := m.migrationOptions(a, false)
 	if err != nil {
@@ -99,7 +99,7 @@ func (m *Machine) startMigration(a wire.Address) error {
 	return nil
 }
 
-var errMigrating = qmp.Errorf(qmp.GenericError, "There's a migration process in progress")
+var errMigrating = qmp.Errorf("There's a migration process in progress")
 
 // awaitMigration listens for a guest at a.
 func (m *Machine) awaitMigration(a wire.Address) error {
@@ -169,7 +169,7 @@ func (m *Machine) migrationFile(name string) (*os.File, error) {
 	if f := m.takeFile(name); f != nil {
 		return f, nil
 	}
-	return nil, qmp.Errorf(qmp.GenericError, "File descriptor named '%s' has not been found", name)
+	return nil, qmp.Errorf("File descriptor named '%s' has not been found", name)
 }
 
 // migrationEvents returns what publishes, if clients want it, what the engine tells, in QEMU's

@@ -211,7 +211,7 @@ func (m *Machine) unplug(id string, mode pci.UnplugMode, deadline time.Duration,
 	}
 	slot := m.slotOf(d.Device)
 	if slot == nil {
-		return qmp.Errorf(qmp.GenericError, "Bus '%s' does not support hotplugging", d.Bus)
+		return qmp.Errorf("Bus '%s' does not support hotplugging", d.Bus)
 	}
 	if d.unplug != nil && (mode == pci.Cooperative || d.unplug.mode == pci.Surprise) {
 		d.unplug.done = append(d.unplug.done, done)
@@ -293,7 +293,7 @@ func (m *Machine) deleted(d *Device) {
 }
 
 func inProcess(d *device) error {
-	return qmp.Errorf(qmp.GenericError, "Device %s is already in the process of unplug", d.ID)
+	return qmp.Errorf("Device %s is already in the process of unplug", d.ID)
 }
 
 // path is where QEMU's object model has the device.

@@ -330,7 +330,7 @@ func (d *Device) checkPrimary() error {
 }
 
 func tooMany(standby, one, other string) error {
-	return qmp.Errorf(qmp.GenericError, "Cannot attach more than one primary device to '%s': '%s' and '%s'", standby, one, other)
+	return qmp.Errorf("Cannot attach more than one primary device to '%s': '%s' and '%s'", standby, one, other)
 }
 
 // validateUses checks which device uses what of the host: each thing once.

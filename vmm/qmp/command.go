@@ -64,13 +64,19 @@ type Error struct {
 
 func (e *Error) Error() string { return e.Desc }
 
-// Errorf makes an error of a class.
-func Errorf(class, format string, args ...any) *Error {
-	return &Error{class, fmt.Sprintf(format, args...)}
+// Errorf makes an error of the class GenericError.
+func Errorf(format string, args ...any) *Error {
+	return &Error{GenericError, fmt.Sprintf(format, args...)}
 }
 
 // NoDevice is QEMU's error for a name that nothing has.
-func NoDevice(name string) *Error { return Errorf(DeviceNotFound, "Device '%s' not found", name) }
+func NoDevice(name string) *Error {
+	return &Error{DeviceNotFound, fmt.Sprintf("Device '%s' not found", name)}
+}
+
+func noCommand(name string) *Error {
+	return &Error{CommandNotFound, fmt.Sprintf("The command %s has not been found", name)}
+}
 
 // execute checks the arguments and runs the command, whose File comes from files.
 func (c *Command) execute(args map[string]any, files *fileReader) (any, error) {
@@ -109,7 +115,7 @@ func fields(t reflect.Type) (list []field) {
 // bind sets v, which is zero, to the value in that the client calls name.
 func bind(v reflect.Value, in any, name string) error {
 	want := func(what string) error {
-		return Errorf(GenericError, "Invalid parameter type for '%s', expected: %s", name, what)
+		return Errorf("Invalid parameter type for '%s', expected: %s", name, what)
 	}
 	switch v.Kind() {
 	case reflect.Pointer:
@@ -123,7 +129,7 @@ func bind(v reflect.Value, in any, name string) error {
 			return want("string")
 		}
 		if e, ok := v.Interface().(Enum); ok && !slices.Contains(e.Values(), s) {
-			return Errorf(GenericError, "Parameter '%s' does not accept value '%s'", lastName(name), s)
+			return Errorf("Parameter '%s' does not accept value '%s'", lastName(name), s)
 		}
 		v.SetString(s)
 	case reflect.Bool:
@@ -186,7 +192,7 @@ func bindStruct(v reflect.Value, object map[string]any, prefix string) error {
 			}
 			delete(rest, f.name)
 		case !f.optional:
-			return Errorf(GenericError, "Parameter '%s' is missing", prefix+f.name)
+			return Errorf("Parameter '%s' is missing", prefix+f.name)
 		}
 	}
 	for i := range v.NumField() {
@@ -196,7 +202,7 @@ func bindStruct(v reflect.Value, object map[string]any, prefix string) error {
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(rest)) {
-		return Errorf(GenericError, "Parameter '%s' is unexpected", prefix+name)
+		return Errorf("Parameter '%s' is unexpected", prefix+name)
 	}
 	return nil
 }

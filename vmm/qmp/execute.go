@@ -13,7 +13,7 @@ func (s *Server) Names() (names []string) {
 func (s *Server) Execute(name string, args map[string]any) (any, error) {
 	c, ok := s.commands[name]
 	if !ok {
-		return nil, Errorf(CommandNotFound, "The command %s has not been found", name)
+		return nil, noCommand(name)
 	}
 	return c.execute(args, nil)
 }

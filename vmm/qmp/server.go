@@ -68,7 +68,7 @@ func NewServer(c Config) *Server {
 	s := &Server{cfg: c, commands: map[string]*Command{}, sessions: map[*session]bool{}}
 	s.cfg.Commands = append(slices.Clone(c.Commands),
 		New("qmp_capabilities", func(capabilities) (None, error) {
-			return None{}, Errorf(CommandNotFound, "Capabilities negotiation is already complete, command ignored")
+			return None{}, &Error{CommandNotFound, "Capabilities negotiation is already complete, command ignored"}
 		}),
 		Query("query-version", func() Version { return c.Version }),
 		Query("query-commands", s.names),
@@ -208,7 +208,7 @@ func (c *session) serve() {
 			return
 		}
 		c.turn.Lock()
-		r := reply{Error: Errorf(GenericError, "%s", string(syntax))}
+		r := reply{Error: Errorf("%s", string(syntax))}
 		if err == nil {
 			r = c.answer(request)
 		}
@@ -244,7 +244,7 @@ func (c *session) answer(request any) (r reply) {
 		return r
 	}
 	if r.Return = nil; !errors.As(err, &r.Error) {
-		r.Error = Errorf(GenericError, "%v", err)
+		r.Error = Errorf("%v", err)
 	}
 	return r
 }
@@ -252,7 +252,7 @@ func (c *session) answer(request any) (r reply) {
 // parse checks the request's form: qmp-spec, "Issuing Commands".
 func (c *session) parse(object map[string]any, ok bool) (*Command, map[string]any, error) {
 	bad := func(format string, a ...any) (*Command, map[string]any, error) {
-		return nil, nil, Errorf(GenericError, "QMP input "+format, a...)
+		return nil, nil, Errorf("QMP input "+format, a...)
 	}
 	if !ok {
 		return bad("must be a JSON object")
@@ -280,9 +280,9 @@ func (c *session) parse(object map[string]any, ok bool) (*Command, map[string]an
 	command := c.commands[name]
 	switch {
 	case !c.ready && name != "qmp_capabilities":
-		return nil, nil, Errorf(CommandNotFound, "Expecting capabilities negotiation with 'qmp_capabilities'")
+		return nil, nil, &Error{CommandNotFound, "Expecting capabilities negotiation with 'qmp_capabilities'"}
 	case command == nil:
-		return nil, nil, Errorf(CommandNotFound, "The command %s has not been found", name)
+		return nil, nil, noCommand(name)
 	}
 	return command, args, nil
 }
@@ -294,7 +294,7 @@ func (c *session) negotiate(args map[string]any) error {
 		return err
 	}
 	for _, name := range want.Enable {
-		return Errorf(GenericError, "Capability %s not available", name)
+		return Errorf("Capability %s not available", name)
 	}
 	c.out.Lock()
 	defer c.out.Unlock()
