@@ -91,14 +91,16 @@ func (k *holder) keep(frame []byte) {
 }
 
 // expire drops what has waited for too long; mu is held.
-func (k *holder) expire() {
-	n := 0
-	for n < len(k.frames) && time.Since(k.came[n]) > holdTime {
+func (k *holder) expire() { k.dropped += k.drop(time.Now().Add(-holdTime)) }
+
+// drop drops what came before a time, and says how much it was; mu is held.
+func (k *holder) drop(before time.Time) (n int) {
+	for n < len(k.frames) && k.came[n].Before(before) {
 		k.bytes -= len(k.frames[n])
 		n++
 	}
 	k.frames, k.came = k.frames[n:], k.came[n:]
-	k.dropped += n
+	return n
 }
 
 // end stops to read and returns the frames.
@@ -113,12 +115,8 @@ func (k *holder) end() [][]byte {
 func (k *holder) forget(before time.Time) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	n := 0
-	for n < len(k.frames) && k.came[n].Before(before) {
-		k.bytes -= len(k.frames[n])
-		n++
-	}
-	k.frames, k.came, k.dropped = k.frames[n:], k.came[n:], 0
+	k.drop(before)
+	k.dropped = 0
 }
 
 // Hold has frames for the driver wait until Release or TakeHeld. What the driver sends is sent
