@@ -241,10 +241,7 @@ func (m *Machine) openSerial(ctx context.Context) (*char.Port, error) {
 	if len(m.cfg.Serials) == 0 {
 		return nil, nil
 	}
-	spec := m.cfg.Serials[0]
-	if id, ok := strings.CutPrefix(spec, "chardev:"); ok {
-		spec = m.cfg.Chardev(id).Spec
-	}
+	spec := m.cfg.charSpec(m.cfg.Serials[0])
 	if spec == string(char.None) {
 		return nil, nil
 	}

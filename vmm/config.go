@@ -3,6 +3,7 @@ package vmm
 import (
 	"encoding/json"
 	"net"
+	"strings"
 )
 
 // Limits of the machine.
@@ -147,6 +148,14 @@ func (c *Config) Blockdev(id string) *Blockdev {
 // Chardev returns the chardev of that id, or nil.
 func (c *Config) Chardev(id string) *Chardev {
 	return find(c.Chardevs, func(b *Chardev) bool { return b.ID == id })
+}
+
+// charSpec is what a Spec says that may be chardev:ID.
+func (c *Config) charSpec(spec string) string {
+	if id, ok := strings.CutPrefix(spec, "chardev:"); ok {
+		return c.Chardev(id).Spec
+	}
+	return spec
 }
 
 func find[T any](list []T, match func(*T) bool) *T {

@@ -3,13 +3,11 @@ package vmm
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"net"
 	"slices"
 	"strings"
-	"time"
 
 	"baton/devices"
 	"baton/vmm/hmp"
@@ -50,23 +48,10 @@ func (m *Machine) serveHuman(ctx context.Context, human *hmp.Monitor, mon monito
 	if mon.conn != nil {
 		go human.Converse(ctx, mon.conn, mon.telnet)
 	}
-	if mon.listener == nil {
-		return
+	if mon.listener != nil {
+		context.AfterFunc(ctx, func() { mon.listener.Close() })
+		go qmp.Accept(mon.listener, func(conn net.Conn) { human.Converse(ctx, conn, mon.telnet) })
 	}
-	context.AfterFunc(ctx, func() { mon.listener.Close() })
-	go func() {
-		for {
-			conn, err := mon.listener.Accept()
-			if errors.Is(err, net.ErrClosed) {
-				return
-			}
-			if err != nil { // out of descriptors: others may go
-				time.Sleep(time.Second)
-				continue
-			}
-			go human.Converse(ctx, conn, mon.telnet)
-		}
-	}()
 }
 
 // networkText is info network: each card with its netdev, then the netdevs without one.

@@ -49,10 +49,7 @@ func (m *Machine) openMonitors(ctx context.Context) error {
 }
 
 func (m *Machine) openMonitor(ctx context.Context, c Monitor) (mon monitor, err error) {
-	text := c.Spec
-	if id, ok := strings.CutPrefix(text, "chardev:"); ok {
-		text = m.cfg.Chardev(id).Spec
-	}
+	text := m.cfg.charSpec(c.Spec)
 	spec, err := char.Parse(text)
 	mon.telnet = spec.Telnet
 	switch {

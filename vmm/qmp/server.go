@@ -102,16 +102,21 @@ func (s *Server) Serve(l net.Listener) {
 	if closed {
 		l.Close()
 	}
+	Accept(l, func(conn net.Conn) { s.ServeConn(conn) })
+}
+
+// Accept has serve talk to each client of l, on a goroutine of its own, until l is closed.
+func Accept(l net.Listener, serve func(net.Conn)) {
 	for {
 		conn, err := l.Accept()
-		if errors.Is(err, net.ErrClosed) {
+		switch {
+		case errors.Is(err, net.ErrClosed):
 			return
+		case err != nil: // out of descriptors: others may go
+			time.Sleep(time.Second)
+		default:
+			go serve(conn)
 		}
-		if err != nil { // out of descriptors: others may go
-			time.Sleep(closeTime)
-			continue
-		}
-		go s.ServeConn(conn)
 	}
 }
 

@@ -140,7 +140,7 @@ func Phases(source, target []Event) (list []Phase) {
 		}
 	}
 	stop, resume := named(source, "STOP"), named(target, "RESUME")
-	unplug := last(source, func(e *Event) bool { return e.Name == "UNPLUG_PRIMARY" })
+	unplug := named(source, "UNPLUG_PRIMARY")
 	away := state(source, "standby")
 	if math.IsNaN(away) {
 		away = status(source, "active")
