@@ -107,9 +107,10 @@ func (c *carrier) used(u pci.Use) {
 	switch {
 	case c.pulled: // its driver lets go when it has noticed: see left
 	case c.onFast && !u.Enabled:
+		c.lettingGo()
 		c.toStandby()
 	case c.onFast && !u.Unmasked:
-		c.begun()
+		c.lettingGo()
 	case c.onFast:
 		c.since = time.Time{} // it goes on
 	case u.Unmasked:
@@ -298,7 +299,14 @@ func (c *carrier) pull() {
 func (c *carrier) begins() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.onFast && c.since.IsZero() {
+	if c.onFast {
+		c.lettingGo()
+	}
+}
+
+// lettingGo is for a primary from which its driver has taken all frames until now.
+func (c *carrier) lettingGo() {
+	if c.since.IsZero() {
 		c.since = time.Now()
 		c.net.Forget(c.since.Add(-ringTime))
 	}
@@ -337,12 +345,13 @@ func (c *carrier) left() {
 	}
 }
 
-// hide has the PF keep frames from a VF that is open and not in use.
-func (c *carrier) hide(d *device) {
+// hide has the PF keep frames from a VF that is open and not in use. Where that cannot be done, the
+// guest's MAC could not be given to it, either.
+func (c *carrier) hide(d *device) error {
 	c.watch(d)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.do(steer.Hide)
+	return c.steerer.Do(context.Background(), steer.Hide, c.vf)
 }
 
 // returns gives the PF's VF back as it was.

@@ -97,7 +97,7 @@ func onPCI(own ...prop) []prop {
 func asPrimary(own ...prop) []prop {
 	return append(own,
 		prop{name: "failover-unplug", kind: kindEnum, enum: []string{"cooperative", "surprise", "auto"}, def: "auto", help: "how it is taken from the guest; auto: politely, after the timeout by surprise"},
-		prop{name: "failover-unplug-timeout", kind: kindUint, max: 1 << 31, def: uint64(5000), help: "milliseconds that the guest has to let go; 0: for ever"},
+		prop{name: "failover-unplug-timeout", kind: kindUint, max: 1 << 31, def: uint64(5000), help: "milliseconds that the guest has to let go, after the 5 s that a native slot blinks; 0: for ever"},
 		prop{name: "failover-primary", kind: kindEnum, enum: []string{"require", "prefer"}, def: "prefer", help: "prefer: a guest may arrive without it; require: only if it can be had"})
 }
 

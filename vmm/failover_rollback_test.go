@@ -90,13 +90,34 @@ func TestSilentGuestMigrates(t *testing.T) {
 	}
 }
 
-// Steering that fails costs frames, not the migration.
-func TestSteeringFails(t *testing.T) {
+// steeredBy is a standby with a script.
+func steeredBy(t *testing.T, text string) string {
+	t.Helper()
 	script := filepath.Join(t.TempDir(), "steer")
-	if err := os.WriteFile(script, []byte("#!/bin/sh\nexit 1\n"), 0o755); err != nil {
+	if err := os.WriteFile(script, []byte("#!/bin/sh\n"+text+"\n"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	steered := standby0 + "on,steer=script=" + script
+	return standby0 + "on,steer=script=" + script
+}
+
+// Steering that is refused from the first is found out while the guest is where it was.
+func TestSteeringRefused(t *testing.T) {
+	s := negotiated(t)
+	_, uri := target(t, steeredBy(t, "exit 1"), primary0+"standby0,failover-primary=require")
+	s.execute("migrate", map[string]any{"uri": uri})
+	s.reaches("failed", "wait-unplug")
+	if got := s.execute("query-migrate", nil); !strings.Contains(got, "steer 52:54:00:22:22:22 to hide: script") || !strings.Contains(got, "steer=none") {
+		t.Errorf("the source does not say why: %s", got)
+	}
+	if s.heard("UNPLUG_PRIMARY") {
+		t.Error("the guest was asked to eject")
+	}
+	s.shown(true, true)
+}
+
+// Steering that fails later costs frames, not the migration.
+func TestSteeringFails(t *testing.T) {
+	steered := steeredBy(t, "[ $1 = hide ]")
 	s := startPair(t, steered, primary0+"standby0,failover-unplug-timeout=60000")
 	s.probe("standby0").start(0)
 	s.shown(true, true)

@@ -62,12 +62,20 @@ func parseSteer(text string) (s steering, err error) {
 // isStandby says whether the device is one.
 func (d *Device) isStandby() bool { return d.Driver == "virtio-net-pci" && d.Bool("failover") }
 
-// policy is what the options of a primary say.
-func (d *Device) policy() failover.Policy {
-	return failover.Policy{
+// blinkTime is how long a guest waits for a second press of the attention button: PCIe 6.7.1.5.
+const blinkTime = 5 * time.Second
+
+// policy is what the options of a primary say. That its slot blinks is not the guest's delay.
+func (m *Machine) policy(d *Device) failover.Policy {
+	p := failover.Policy{
 		Unplug:  failover.Mode(d.Text("failover-unplug")),
 		Timeout: time.Duration(d.Uint("failover-unplug-timeout")) * time.Millisecond,
 	}
+	port := find(m.cfg.Devices, func(o *Device) bool { return o.ID == d.Bus })
+	if p.Timeout > 0 && m.cfg.Machine.NativeHotplug && port != nil && port.Bool("attention-button") {
+		p.Timeout += blinkTime
+	}
+	return p
 }
 
 // pairOf finds the pair with that standby.
@@ -116,7 +124,7 @@ func (m *Machine) addStandby(d *Device) {
 // take makes d the primary of a pair that has none.
 func (p *failoverPair) take(d *Device) {
 	p.primary = d
-	p.renew(d.policy())
+	p.renew(p.m.policy(d))
 }
 
 // renew begins the pair anew, with what is known of the guest.
@@ -248,7 +256,7 @@ func (p *failoverPair) Open(done func(error)) {
 		b := builder{Machine: p.m, ctx: context.Background()}
 		dev, err := b.make(p.primary)
 		if err == nil {
-			p.opened(dev)
+			err = p.opened(dev)
 		}
 		done(err)
 	}
@@ -273,7 +281,7 @@ func (p *failoverPair) reserve(done func(error)) {
 			default:
 				d := &device{Device: primary, fn: f}
 				p.m.observe(d)
-				p.opened(d)
+				err = p.opened(d)
 			}
 			if p.opening == o {
 				p.opening = nil
@@ -285,12 +293,19 @@ func (p *failoverPair) reserve(done func(error)) {
 	})
 }
 
-// opened is told of the primary once it is open.
-func (p *failoverPair) opened(d *device) {
+// opened is told of the primary once it is open. One that cannot be steered is closed: a guest
+// would not know it for its standby's half without the MAC.
+func (p *failoverPair) opened(d *device) error {
 	p.device = d
-	if p.carrier != nil {
-		p.carrier.hide(d)
+	if p.carrier == nil {
+		return nil
 	}
+	err := p.carrier.hide(d)
+	if err != nil {
+		p.Close()
+		err = fmt.Errorf("%w\nsteer=none for %s leaves that to somebody else", err, p.standby)
+	}
+	return err
 }
 
 // observe has the carrier and the pair follow what a driver does to a device that may be a
@@ -479,7 +494,7 @@ func (p *failoverPair) gone() {
 // slotChanged is told of the states of the primary's slot.
 func (p *failoverPair) slotChanged(state pci.SlotState) {
 	switch {
-	case state == pci.SlotBusy && p.carrier != nil:
+	case state == pci.SlotBusy && p.carrier != nil && !p.m.cfg.Machine.NativeHotplug: // there it only blinks
 		p.carrier.begins()
 	case state == pci.SlotEmpty && p.waiting != nil:
 		p.gone()

@@ -109,7 +109,11 @@ func (s *Steerer) netlink(step Step, vf VF) error {
 	switch step {
 	case Hide:
 		s.remember(vf)
-		return vf.setMAC(noMAC)
+		err := vf.setMAC(noMAC)
+		if errors.Is(err, unix.EINVAL) { // there are PFs to which that is no MAC: it has another one
+			err = nil
+		}
+		return err
 	case Return:
 		was, known := s.was[vf]
 		delete(s.was, vf)

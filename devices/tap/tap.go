@@ -12,6 +12,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -304,10 +305,11 @@ func (t *TAP) Send(frame []byte) error {
 	return nil
 }
 
-// SetUp brings the interface up, which an up-script does otherwise.
+// SetUp brings the interface up, which an up-script does otherwise, unless it is: that takes no
+// privilege.
 func (t *TAP) SetUp() error {
 	link, err := netlink.LinkByName(t.name)
-	if err == nil {
+	if err == nil && link.Attrs().Flags&net.FlagUp == 0 {
 		err = netlink.LinkSetUp(link)
 	}
 	if err != nil {

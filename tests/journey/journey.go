@@ -131,6 +131,7 @@ type Way struct {
 	Kernel func(t testing.TB, words ...string) []string
 	// Primary on each host, what -device takes; "" is the VF. None is "none".
 	Primary [2]string
+	Steer   string   // baton's steer=; "": its default; else somebody has given the VFs their MAC, as for QEMU
 	Args    []string // further ones
 	Driver  string   // of the primary, that a guest has to load; "": it does so by itself
 }
@@ -175,6 +176,10 @@ func (w *World) start(ctx context.Context, way Way, host int, uri string) *Machi
 		"-device", "virtio-net-pci,netdev=hostnet1,id=net1,mac="+w.mac+",bus=root2,failover=on")
 	if way.Memory != 0 {
 		args[slices.Index(args, "-m")+1] = fmt.Sprint(way.Memory)
+	}
+	if way.Steer != "" {
+		args[len(args)-1] += ",steer=" + way.Steer
+		h.VF.SetMAC(w.T, GuestMAC)
 	}
 	primary := way.Primary[host]
 	switch {

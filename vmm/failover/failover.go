@@ -186,10 +186,13 @@ func (p *Pair) Cancel(why error) {
 	finish(&p.back, why)
 }
 
-// Refused says that the guest does not let go of the primary.
+// Refused says that the guest does not let go of the primary; of one that is wanted back, that it
+// has agreed.
 func (p *Pair) Refused(why error) {
 	switch {
 	case p.state != Unplugging:
+	case p.negotiated && !p.away:
+		p.settle()
 	case p.policy.Unplug == Auto && p.asked == Cooperative:
 		p.unplug(true)
 	default:

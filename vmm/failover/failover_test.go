@@ -257,6 +257,21 @@ func TestRefused(t *testing.T) {
 	}
 }
 
+// A guest that has begun when the primary is wanted back, and does not go on, keeps it.
+func TestRefusedInTheEnd(t *testing.T) {
+	f, p := primary(t, Policy{Auto, time.Second})
+	p.Leave(false, func(error) {})
+	f.begun = true
+	p.Return(nil)
+	f.heard(t, "primary>unplugging", "unplug false", "withdraw false")
+	f.begun = false
+	p.Refused(errors.New("the slot is turned on"))
+	f.heard(t, "withdraw true", "unplugging>primary")
+	if len(f.timers) != 0 {
+		t.Errorf("timers %v", f.timers)
+	}
+}
+
 func TestRetry(t *testing.T) {
 	f := &fake{openErr: errors.New("group busy")}
 	p := New(f, Policy{})

@@ -3,7 +3,9 @@ package failover
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -209,7 +211,13 @@ func TestRollback(t *testing.T) {
 		arrange            func(t *testing.T) (undo func())
 	}{
 		{"the target's VF is taken", host, "busy", taken},
-		{"the target cannot bind its VF", host, "bind=auto takes it", func(*testing.T) func() { return func() {} }},
+		{"the target's VF is another driver's", host, "bind=auto takes it", func(*testing.T) func() { return func() {} }},
+		{"the target cannot bind its VF", host + ",bind=auto", "bind it to vfio-pci: ", func(t *testing.T) func() {
+			return wrapped(t, `unshare -m sh -c 'mount -o remount,bind,ro /sys && exec "$0" "$@"'`)
+		}},
+		{"the target's PF refuses the MAC", host + ",bind=auto", "steer " + journey.GuestMAC + " to hide: give VF 0 of ", func(t *testing.T) func() {
+			return wrapped(t, "setpriv --inh-caps=-net_admin --bounding-set=-net_admin")
+		}},
 		{"the target cannot reset its VF", host + ",bind=auto", "reset", func(t *testing.T) func() {
 			method := "/sys/bus/pci/devices/" + vf.PCI + "/reset_method"
 			was, err := os.ReadFile(method)
@@ -300,6 +308,118 @@ func TestRollback(t *testing.T) {
 		release()
 		answers(ctx, t, w, to) // it was tried again
 	})
+}
+
+// wrapped has batons started by a command that takes something from them.
+func wrapped(t *testing.T, command string) (undo func()) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "baton")
+	if err := os.WriteFile(path, []byte("#!/bin/sh\nexec "+command+" "+harness.Baton(t)+" \"$@\"\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv(harness.EnvBaton, path)
+	return func() {}
+}
+
+// TestBlinking has migrations begin while the indicator of a slot of the native kind blinks, which
+// it does for 5 s when the guest is asked: a cancel then is a second press.
+func TestBlinking(t *testing.T) {
+	long(t)
+	ctx := harness.Context(t, 3*time.Minute)
+	w := journey.NewWorld(t)
+	way := journey.Way{Name: "blinking", Args: []string{"-machine", "q35,native-hotplug=on"}}
+	from := w.Boot(ctx, way)
+	to := w.Start(ctx, way, 1, true)
+	from.QMP.Do("migrate", map[string]any{"uri": to.URI})
+	for busy := false; !busy; {
+		q := string(from.QMP.Do("query-migrate", nil))
+		if busy = strings.Contains(q, `"slot":"busy"`); !busy && !strings.Contains(q, `"status":"setup"`) && !strings.Contains(q, `"status":"wait-unplug"`) {
+			t.Fatal(q)
+		}
+	}
+	began := time.Now()
+	from.QMP.Do("migrate_cancel", nil)
+	if s := from.Log.WaitStatusAfter(ctx, 0, "completed", "failed", "cancelled"); s != "cancelled" {
+		t.Fatalf("the migration %s", s)
+	}
+	t.Logf("cancelled in %v", time.Since(began))
+	if time.Since(began) > 3*time.Second {
+		t.Error("it has waited for the slot")
+	}
+	from.Sh(ctx, "until dmesg | grep -q 'canceling request to power off'; do sleep 0.05; done")
+	answers(ctx, t, w, from)
+
+	// The other blinking is that of a slot which is being turned on.
+	from.QMP.Do("failover-switch", map[string]any{"id": "net1", "to": "standby"})
+	waitState(from.QMP, "standby")
+	to = w.Start(ctx, way, 1, true)
+	from.QMP.Do("failover-switch", map[string]any{"id": "net1", "to": "primary"})
+	waitState(from.QMP, "plugging")
+	moved(t, w.Travel(ctx, way, from, to))
+	log := to.Sh(ctx, "dmesg | grep -i pciehp")
+	t.Log(log)
+	if strings.Count(log, "will power off in 5 sec") != 3 || strings.Count(log, "canceling request to power off") != 1 {
+		t.Error("want three requests, one of them taken back")
+	}
+}
+
+// TestUnsteered has nobody move the MAC: what is lost is as much as with QEMU, which is shown beside.
+func TestUnsteered(t *testing.T) {
+	long(t)
+	var lost [2]int
+	for i, way := range []journey.Way{{Name: "steer=none", Steer: "none"}, {Name: "QEMU", VMM: harness.QEMU}} {
+		t.Run(way.Name, func(t *testing.T) {
+			ctx := harness.Context(t, 2*time.Minute)
+			w := journey.NewWorld(t)
+			from := w.Boot(ctx, way)
+			trip := w.Travel(ctx, way, from, w.Start(ctx, way, 1, true))
+			t.Log(trip)
+			if trip.Status != "completed" || trip.TCP.Err != nil {
+				t.Fatalf("the migration %s: %s; the connection: %v", trip.Status, trip.Query, trip.TCP.Err)
+			}
+			lost[i] = trip.Pings.Lost
+		})
+	}
+	t.Logf("pings lost: baton with steer=none %d, QEMU %d", lost[0], lost[1])
+	if 4*lost[0] < lost[1] || lost[0] > 2*lost[1] {
+		t.Error("these are not alike")
+	}
+}
+
+// TestScript has a program steer, which is told of each step in its environment. This one writes
+// that down, and does nothing else.
+func TestScript(t *testing.T) {
+	long(t)
+	ctx := harness.Context(t, 2*time.Minute)
+	w := journey.NewWorld(t)
+	dir := t.TempDir()
+	script, out := filepath.Join(dir, "steer"), filepath.Join(dir, "out")
+	text := "#!/bin/sh\necho $BATON_TAP $1 $BATON_STEP $BATON_MAC $BATON_PF $BATON_VF >>" + out + "\n"
+	if err := os.WriteFile(script, []byte(text), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	way := journey.Way{Name: "script", Steer: "script=" + script}
+	from := w.Boot(ctx, way)
+	to := w.Start(ctx, way, 1, true)
+	from.QMP.Do("migrate", map[string]any{"uri": to.URI})
+	if s := from.Log.WaitStatusAfter(ctx, 0, "completed", "failed", "cancelled"); s != "completed" {
+		t.Fatalf("the migration %s: %s", s, from.QMP.Do("query-migrate", nil))
+	}
+	to.WaitPrimary(ctx)
+	got, err := os.ReadFile(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%s", got)
+	for i, steps := range []string{"hide both mac primary both standby gone", "hide standby both mac primary"} {
+		h, rest, found := w.Hosts[i], string(got), false
+		for _, s := range strings.Fields(steps) {
+			line := fmt.Sprintf("%s %s %[2]s %s %s 0\n", h.TAP, s, journey.GuestMAC, h.PF.Name)
+			if _, rest, found = strings.Cut(rest, line); !found {
+				t.Fatalf("%q does not come, or not in its turn", line)
+			}
+		}
+	}
 }
 
 // TestSilent has a guest that does not listen to its slots.
