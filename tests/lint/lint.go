@@ -1,6 +1,6 @@
 // Package lint checks what the Go tools do not: that imports go along the arrows of the
-// layout, that unsafe code is where it says it is, that no file grows without end, and that
-// nothing is kept that nobody wrote, such as a debugger's core.
+// layout, that unsafe code is where it says it is, that every public name has a comment, that no
+// file grows without end, and that nothing is kept that nobody wrote, such as a debugger's core.
 //
 //	main ──> vmm ──> {migrate, boot, devices} ──> kvm/guestmem
 //	          └────> kvm
@@ -9,6 +9,7 @@ package lint
 import (
 	"bytes"
 	"fmt"
+	"go/ast"
 	"go/parser"
 	"go/token"
 	"io/fs"
@@ -118,7 +119,7 @@ func checkFile(name string, src []byte) ([]Problem, error) {
 		problems = append(problems, Problem{name, n, fmt.Sprintf("%d lines, at most %d: split it", n, MaxLines)})
 	}
 	files := token.NewFileSet()
-	f, err := parser.ParseFile(files, name, src, parser.ImportsOnly)
+	f, err := parser.ParseFile(files, name, src, parser.ParseComments|parser.SkipObjectResolution)
 	if err != nil {
 		return problems, err
 	}
@@ -131,7 +132,55 @@ func checkFile(name string, src []byte) ([]Problem, error) {
 			problems = append(problems, Problem{name, files.Position(spec.Pos()).Line, what})
 		}
 	}
+	for _, id := range uncommented(f) {
+		problems = append(problems, Problem{name, files.Position(id.Pos()).Line, id.Name + " has no comment"})
+	}
 	return problems, nil
+}
+
+// uncommented lists the public names of a file that nothing is said about: neither before them,
+// nor behind them on the line, nor before the group that they are in.
+func uncommented(f *ast.File) (list []*ast.Ident) {
+	for _, decl := range f.Decls {
+		switch d := decl.(type) {
+		case *ast.FuncDecl:
+			if d.Name.IsExported() && d.Doc == nil && !plain[d.Name.Name] && (d.Recv == nil || ast.IsExported(receiver(d.Recv.List[0].Type))) {
+				list = append(list, d.Name)
+			}
+		case *ast.GenDecl:
+			for _, spec := range d.Specs {
+				switch s := spec.(type) {
+				case *ast.TypeSpec:
+					if s.Name.IsExported() && d.Doc == nil && s.Doc == nil && s.Comment == nil {
+						list = append(list, s.Name)
+					}
+				case *ast.ValueSpec:
+					for _, id := range s.Names {
+						if id.IsExported() && d.Doc == nil && s.Doc == nil && s.Comment == nil {
+							list = append(list, id)
+						}
+					}
+				}
+			}
+		}
+	}
+	return list
+}
+
+// plain are methods of which the name says all.
+var plain = map[string]bool{"String": true, "Error": true, "Unwrap": true}
+
+// receiver is the name of a method's type.
+func receiver(t ast.Expr) string {
+	switch t := t.(type) {
+	case *ast.StarExpr:
+		return receiver(t.X)
+	case *ast.IndexExpr:
+		return receiver(t.X)
+	case *ast.Ident:
+		return t.Name
+	}
+	return ""
 }
 
 // checkImport returns what is wrong with a file's import, "" if nothing is.

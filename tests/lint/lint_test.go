@@ -102,9 +102,11 @@ func TestImports(t *testing.T) {
 func TestCheck(t *testing.T) {
 	files := func(src string) *fstest.MapFile { return &fstest.MapFile{Data: []byte(src)} }
 	fsys := fstest.MapFS{
-		"kvm/vm.go":              files("package kvm\n\nimport (\n\t\"fmt\"\n\t\"baton/vmm\"\n)\n"),
-		"kvm/vm_test.go":         files("package kvm\nimport \"baton/vmm\"\n"),
-		"boot/long.go":           files("package boot\n" + strings.Repeat("//\n", MaxLines)),
+		"kvm/vm.go":      files("package kvm\n\nimport (\n\t\"fmt\"\n\t\"baton/vmm\"\n)\n"),
+		"kvm/vm_test.go": files("package kvm\nimport \"baton/vmm\"\n"),
+		"boot/long.go":   files("package boot\n" + strings.Repeat("//\n", MaxLines)),
+		"boot/names.go": files("package boot\nfunc Bare() {}\n// Said is.\nfunc Said() {}\ntype t struct{}\nfunc (*t) Hidden() {}\n" +
+			"// T is.\ntype T[X any] struct{}\nfunc (*T[X]) Method() {}\nfunc (T[X]) String() string { return \"\" }\nconst (\n\tA = 1 // is\n\tB = 2\n)\n"),
 		"boot/testdata/x.go":     files("package x\nimport \"baton/vmm\"\n"),
 		"guest-images/go.mod":    files("module x\n"),
 		"guest-images/a/main.go": files("package main\nimport \"unsafe\"\n"),
@@ -114,7 +116,7 @@ func TestCheck(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []string{"boot/long.go:601: 601 lines", "kvm/vm.go:5: imports baton/vmm"}
+	want := []string{"boot/long.go:601: 601 lines", "boot/names.go:2: Bare has no comment", "boot/names.go:9: Method has", "boot/names.go:13: B has", "kvm/vm.go:5: imports baton/vmm"}
 	if len(problems) != len(want) {
 		t.Fatalf("problems: %v", problems)
 	}
