@@ -2,6 +2,7 @@ package vmm
 
 import (
 	"fmt"
+	"os"
 	"runtime"
 	"sync/atomic"
 
@@ -25,8 +26,9 @@ type vcpu struct {
 // dispatch and KVM_RUN allocate nothing.
 func (c *vcpu) run() {
 	runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
-	c.tid.Store(int32(unix.Gettid()))
-	setThreadName(fmt.Sprintf("CPU %d/KVM", c.ID()))
+	tid := unix.Gettid()
+	c.tid.Store(int32(tid))
+	_ = os.WriteFile(fmt.Sprintf("/proc/self/task/%d/comm", tid), fmt.Appendf(nil, "CPU %d/KVM", c.ID()), 0) // for top and the like
 	for {
 		// No vCPU stands before the gate in the middle of an instruction: it goes on to Run, which
 		// finishes that and, kicked, executes nothing else. Who shuts the gate from now on kicks.
