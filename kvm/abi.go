@@ -120,7 +120,6 @@ const (
 	CapTSCControl             Cap = 60
 	CapTSCDeadlineTimer       Cap = 72
 	CapSignalMSI              Cap = 77
-	CapReadonlyMem            Cap = 81
 	CapSplitIRQChip           Cap = 121
 	CapIOEventFDAnyLength     Cap = 122
 	CapImmediateExit          Cap = 136

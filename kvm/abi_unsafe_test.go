@@ -144,7 +144,6 @@ var abi = []struct {
 	{"KVM_IOEVENTFD_FLAG_PIO", ioeventfdPIO, ""},
 	{"KVM_IOEVENTFD_FLAG_DEASSIGN", ioeventfdDeassign, ""},
 	{"KVM_MEM_LOG_DIRTY_PAGES", uintptr(MemLogDirty), ""},
-	{"KVM_MEM_READONLY", uintptr(MemReadonly), ""},
 	{"KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE", manualProtect, ""},
 	{"KVM_DIRTY_LOG_INITIALLY_SET", initiallySet, ""},
 	{"KVM_DIRTY_GFN_F_DIRTY", dirtyGFNDirty, ""},

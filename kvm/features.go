@@ -37,7 +37,6 @@ var features = []Feature{
 	{"KVM_CAP_IMMEDIATE_EXIT", CapImmediateExit, "4.11", "pausing a vCPU without a race", needed, false, 0},
 	{"KVM_CAP_SREGS2", CapSregs2, "5.14", "registers of the vCPU", needed, false, 0},
 	{"KVM_CAP_TSC_DEADLINE_TIMER", CapTSCDeadlineTimer, "3.3", "without it the guest's timers use the slower LAPIC counter", optional, false, 0},
-	{"KVM_CAP_READONLY_MEM", CapReadonlyMem, "3.7", "ROM of passed-through devices", optional, false, 0},
 	{"KVM_CAP_IOEVENTFD_ANY_LENGTH", CapIOEventFDAnyLength, "4.4", "faster doorbells", optional, false, 0},
 	{"KVM_CAP_TSC_CONTROL", CapTSCControl, "2.6.39", "needs TSC scaling in the CPU; without it a guest migrates only between hosts of one TSC frequency", optional, false, 0},
 	{"KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", CapManualDirtyLogProtect2, "5.2", "without it a migration stalls the guest at each round", optional, false, 0},

@@ -13,18 +13,15 @@ import (
 // MemFlags of a memory slot, KVM_MEM_*.
 type MemFlags uint32
 
-// Memory slot flags.
-const (
-	MemLogDirty MemFlags = 1 << 0
-	MemReadonly MemFlags = 1 << 1 // the guest's writes become MMIO exits
-)
+// MemLogDirty has the guest's writes to a slot logged.
+const MemLogDirty MemFlags = 1 << 0
 
 // pageSize is the unit of slots and dirty logs.
 const pageSize = 4096
 
 // SetMemory maps host at guest-physical address gpa as memory slot, or changes the flags
 // of a slot that is mapped so already. Host must be a mapping (not Go's heap), whole
-// pages, and stay mapped until RemoveMemory. MemReadonly cannot change while it is.
+// pages, and stay mapped until RemoveMemory.
 func (vm *VM) SetMemory(slot uint32, gpa uint64, host []byte, flags MemFlags) error {
 	if len(host) == 0 {
 		return fmt.Errorf("set memory slot %d: no memory", slot)
