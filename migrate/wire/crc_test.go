@@ -6,14 +6,17 @@ import (
 )
 
 func TestCRC(t *testing.T) {
-	p := make([]byte, 4096)
+	p := make([]byte, 40000)
 	rand.NewChaCha8([32]byte{}).Read(p)
 	for range 1000 {
-		from := rand.IntN(len(p))
-		q := p[from : from+rand.IntN(len(p)-from+1)]
+		from := rand.IntN(len(p) - 8)
+		q := p[from : from+8+rand.IntN(len(p)-from-7)]
 		start := rand.Uint32()
-		if got, want := byTables(start, q), byInstruction(start, q); got != want {
-			t.Fatalf("%d bytes from %#x: %#x, want %#x", len(q), start, got, want)
+		want := byInstruction(start, q)
+		for _, f := range []func(uint32, []byte) uint32{byTables, byFolding} {
+			if got := f(start, q); got != want {
+				t.Fatalf("%d bytes from %#x: %#x, want %#x", len(q), start, got, want)
+			}
 		}
 	}
 }

@@ -20,3 +20,8 @@ func vector(call, fd uintptr, v []unix.Iovec) (n int, errno syscall.Errno) {
 		}
 	}
 }
+
+// asWords are the whole words of p, which has one.
+func asWords(p []byte) []uint64 {
+	return unsafe.Slice((*uint64)(unsafe.Pointer(&p[0])), len(p)/8)
+}
