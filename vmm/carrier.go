@@ -18,20 +18,28 @@ import (
 // holds those that come while it takes them from neither. It acts on what the guest's driver
 // does to the primary, at once, on the vCPU's thread that does it:
 //
-//	unplug   asked       copies to the standby's side, held: the primary still has them all
-//	         begins      what is held so far is forgotten, but for what may be in its ring
-//	         MSI-X off   to the standby
-//	         ejects      what is held goes to the guest
-//	         (a device that is pulled goes when its ring has been emptied; then its driver shows
-//	         nothing: the slot does, when it is empty)
-//	plug     in its slot frames are held for a moment
-//	         bus master  the VF has the MAC; copies to the standby's side
-//	         MSI-X on    which are held
-//	         vectors     to the primary; what is held is sent there; kicks
+//	            bus master           vectors unmasked             probed             is to go
+//	onStandby ─────────────> taking ──────────────────> serving ───────> onPrimary ──────────> asked ──────> pulled
+//	    ^                       │                          │               │   ^      stays      │ │   pull    │
+//	    │       MSI-X off       │         MSI-X off        │   MSI-X off   │   └─────────────────┘ │           │
+//	    ├───────────────────────┴──────────────────────────┴───────────────┘             MSI-X off │           │
+//	    │                                   ejected, or time is up                                 v           │
+//	    ├─────────────────────────────────────────────────────────────────────────────────────── letting       │
+//	    │                                   the slot is empty, or time is up                                   │
+//	    └──────────────────────────────────────────────────────────────────────────────────────────────────────┘
+//
+//	taking     the VF has the MAC; copies go to the standby's side, and are held from MSI-X on
+//	serving    the same: what the guest sends may be lost, such as answers to what comes by the VF
+//	onPrimary  what is held is sent to the VF; nothing goes to the standby's side
+//	asked      copies go there, and are held; when the guest begins, and at a pull, what is held
+//	           is forgotten but for what may be in the primary's ring
+//	letting    nothing goes to the VF
+//	onStandby  what is held goes to the guest
 //
 // Linux drops what comes by the standby while a primary is registered (net_failover,
 // RX_HANDLER_EXACT), with or without carrier, and takes nothing from a primary whose driver
-// has not enabled it: between the two there is a while with neither.
+// has not enabled it: between the two there is a while with neither. It sends by a primary that has
+// a carrier, also before the queue of that throws nothing away, which is after the probe.
 type carrier struct {
 	m       *Machine
 	standby string
@@ -39,18 +47,31 @@ type carrier struct {
 	steerer *steer.Steerer
 
 	mu      sync.Mutex
-	primary string    // id of the one that there was last
-	kick    func()    // raises its vectors
-	vf      steer.VF  // it, as its PF has it
-	onFast  bool      // the guest takes frames from it
-	priming bool      // its driver is about to
-	asked   bool      // it is to let go of it
-	lets    bool      // it has, and frames are still held
-	pulled  bool      // it was taken away by surprise: what is seen of it is not its driver's doing
-	since   time.Time // when the old way ended, as far as is known; zero: it has not
-	until   time.Time // when frames that are held for its driver are released at the latest
+	primary string   // id of the one that there was last
+	kick    func()   // raises its vectors
+	vf      steer.VF // it, as its PF has it
+	phase   phase
+	looks   bool        // the guest is at the slot of a primary that has been plugged
+	since   time.Time   // when the old way ended, as far as is known; zero: it has not
+	limit   *time.Timer // releases what is held, unless something else has; nil: there is none
 	last    []switched
 }
+
+// phase is where a carrier stands.
+type phase uint8
+
+const (
+	onStandby phase = iota // the guest takes frames from the standby, but for a moment after a plug
+	taking                 // its driver is about to take the primary
+	serving                // it serves it, and its probe goes on
+	onPrimary              // the guest takes frames from the primary
+	asked                  // so it does, but is to let go of it
+	pulled                 // it was taken away by surprise: what is seen of it is not its driver's doing
+	letting                // it has let go, and has not ejected it
+)
+
+// fast says whether the guest takes frames from the primary, as far as it knows.
+func (p phase) fast() bool { return p >= serving && p <= pulled }
 
 // switched is one change of the way, the data of FAILOVER_SWITCHED.
 type switched struct {
@@ -104,15 +125,19 @@ func (c *carrier) watch(d *device) {
 func (c *carrier) used(u pci.Use) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	switch {
-	case c.pulled: // its driver lets go when it has noticed: see left
-	case c.onFast && !u.Enabled:
+	switch fast := c.phase.fast(); {
+	case c.phase == pulled: // its driver lets go when it has noticed: see left
+	case fast && !u.Enabled:
 		c.lettingGo()
 		c.toStandby()
-	case c.onFast && !u.Unmasked:
+	case fast && !u.Unmasked:
 		c.lettingGo()
-	case c.onFast:
+	case fast:
 		c.since = time.Time{} // it goes on
+	case u.Unmasked && c.looks:
+		c.prime()
+		c.phase = serving
+		c.holdFor(virtionet.HoldTime)
 	case u.Unmasked:
 		c.toPrimary()
 	case u.Master || u.Enabled:
@@ -120,7 +145,7 @@ func (c *carrier) used(u pci.Use) {
 		if u.Enabled {
 			c.holdFor(driverTime)
 		}
-	case c.priming:
+	case c.phase == taking:
 		c.toStandby()
 	}
 }
@@ -146,10 +171,10 @@ func (c *carrier) begun() {
 
 // prime is for a primary whose driver begins to look at it: it reads the MAC.
 func (c *carrier) prime() {
-	if c.priming {
+	if c.phase == taking {
 		return
 	}
-	c.priming = true
+	c.phase = taking
 	c.do(steer.Both)
 	c.do(steer.GiveMAC)
 }
@@ -165,7 +190,8 @@ const (
 func (c *carrier) plugged() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.onFast && !c.priming {
+	c.looks = true
+	if c.phase == onStandby {
 		c.holdFor(quietTime)
 	}
 }
@@ -174,22 +200,23 @@ func (c *carrier) plugged() {
 func (c *carrier) holdFor(limit time.Duration) {
 	c.begun()
 	c.warn(c.net.Hold())
-	until := time.Now().Add(limit)
-	c.until = until
-	time.AfterFunc(limit, func() {
+	var t *time.Timer
+	t = time.AfterFunc(limit, func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		if !c.until.Equal(until) {
+		if c.limit != t {
 			return
 		}
-		c.release()
-		if !c.priming {
+		if c.phase == serving {
+			c.toPrimary()
+		} else if c.release(); c.phase == onStandby {
 			c.since = time.Time{}
 		}
 	})
+	c.limit = t
 }
 
-// toPrimary is for a primary whose driver serves it.
+// toPrimary is for a primary whose driver serves it, and has been probed.
 func (c *carrier) toPrimary() {
 	c.do(steer.Primary)
 	frames, held, err := c.net.TakeHeld()
@@ -203,31 +230,41 @@ func (c *carrier) toPrimary() {
 		sent, err = steer.Send(by, frames)
 		c.warn(err)
 	}
-	c.onFast, c.priming, c.lets, c.until = true, false, false, time.Time{}
+	c.phase, c.limit = onPrimary, nil
 	c.say("plug", "primary", sent, held.Dropped+held.Frames-sent)
-	c.kicks(firstKick)
+	if !c.looks {
+		c.settled()
+	}
 }
 
-// The first kick of a primary's driver comes after that, each one half as long again after the one
-// before, up to that.
-const (
-	firstKick = 25 * time.Millisecond
-	lastKick  = time.Second
-)
+// present says that the guest is done with the slot that its primary is in.
+func (c *carrier) present() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.looks = false
+	switch c.phase {
+	case serving:
+		c.toPrimary()
+	case onPrimary:
+		c.settled()
+	}
+}
 
-// kicks raises the primary's interrupts a few times. Linux registers a NIC, and with it begins to
-// use a primary, while the driver's probe goes on: igbvf says only at the end of that that it has
-// no carrier, forgets so that it has just had one, and looks again when its mailbox interrupts, or
-// in two seconds. To be interrupted for nothing is nothing to a driver.
-func (c *carrier) kicks(after time.Duration) {
-	time.AfterFunc(after, func() {
+// settleTime is what a guest is given to do what its driver's probe has left: Linux deactivates
+// the queue of a primary without a carrier, which waits for all CPUs, and throws away until it has
+// activated it again what it sends by one that has a carrier by then.
+const settleTime = 300 * time.Millisecond
+
+// settled raises the vectors of a primary whose driver has been probed. Linux registers a NIC, and
+// with it begins to use a primary, while the probe goes on: igbvf says only at the end of that that
+// it has no carrier, forgets so that it has just had one, and looks again when its mailbox
+// interrupts, or in two seconds. To be interrupted for nothing is nothing to a driver.
+func (c *carrier) settled() {
+	time.AfterFunc(settleTime, func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		if !c.onFast || c.pulled {
-			return
-		}
-		if c.kick(); after < lastKick {
-			c.kicks(after * 3 / 2)
+		if c.phase == onPrimary {
+			c.kick()
 		}
 	})
 }
@@ -238,8 +275,8 @@ func (c *carrier) toStandby() {
 	c.begun()
 	c.do(steer.Standby)
 	c.warn(c.net.Announce())
-	c.onFast, c.priming, c.pulled, c.lets = false, false, false, true
-	if c.asked {
+	was := c.phase
+	if c.phase = letting; was == asked {
 		c.holdFor(quietTime)
 	} else {
 		c.release()
@@ -250,8 +287,8 @@ func (c *carrier) toStandby() {
 func (c *carrier) release() {
 	held, err := c.net.Release()
 	c.warn(err)
-	if c.until = (time.Time{}); c.lets {
-		c.lets, c.asked = false, false
+	if c.limit = nil; c.phase == letting {
+		c.phase = onStandby
 		c.say("unplug", "standby", held.Frames, held.Dropped)
 	}
 }
@@ -271,35 +308,28 @@ func (c *carrier) say(point, to string, held, dropped int) {
 	c.m.events.Publish("FAILOVER_SWITCHED", s)
 }
 
-// leaving says that the guest is about to be asked to let go of the primary, or to lose it. False
-// says that it does not take frames from it.
-func (c *carrier) leaving() bool {
+// leaving has the guest asked to let go of the primary, or says that it is about to lose it: then
+// ask is nil. What has to be done for that takes less time than the guest does to hear of it. False
+// says that the guest does not take frames from the primary.
+func (c *carrier) leaving(ask func() error) (fast bool, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.onFast {
-		c.asked = true
+	if ask != nil {
+		err = ask()
+	}
+	if err == nil && (c.phase == onPrimary || c.phase == serving) {
+		c.phase, c.limit = asked, nil
 		c.warn(c.net.Hold())
 		c.do(steer.Both)
 	}
-	return c.onFast
-}
-
-// pull says that it loses it now.
-func (c *carrier) pull() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.onFast {
-		c.pulled = true
-		c.begun()
-		c.net.Forget(c.since.Add(-ringTime))
-	}
+	return c.phase.fast(), err
 }
 
 // begins says that the guest is about to let go.
 func (c *carrier) begins() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.onFast {
+	if c.phase.fast() {
 		c.lettingGo()
 	}
 }
@@ -312,35 +342,48 @@ func (c *carrier) lettingGo() {
 	}
 }
 
+// pull says that it loses it now.
+func (c *carrier) pull() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.phase.fast() {
+		c.phase = pulled
+		c.begun()
+		c.net.Forget(c.since.Add(-drainTime))
+	}
+}
+
 // ringTime is for how long a frame may lie in the primary's receive ring: its driver throws
 // away what is there when it lets go. What it has not is doubled, which costs less. DrainTime is
 // for how long one that is to be pulled is left to its driver once copies are held: for what came
-// before that, and the answers.
+// before that, and the answers. A busy one still finds frames in its ring when it is pulled, and
+// answers them in vain.
 const (
 	ringTime  = 25 * time.Millisecond
-	drainTime = 2 * ringTime
+	drainTime = 200 * time.Millisecond
 )
 
 // stays says that the guest keeps the primary: it had all frames.
 func (c *carrier) stays() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.onFast {
+	if !c.phase.fast() {
 		return
 	}
 	c.do(steer.Primary)
 	_, _, err := c.net.TakeHeld()
 	c.warn(err)
-	c.asked, c.pulled, c.since = false, false, time.Time{}
+	c.phase, c.since = onPrimary, time.Time{}
 }
 
 // left says that the guest has let go, for a driver that did not say so.
 func (c *carrier) left() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.asked = false; c.onFast || c.priming {
+	if c.phase != onStandby && c.phase != letting {
 		c.toStandby()
-	} else if c.lets {
+	}
+	if c.phase == letting {
 		c.release()
 	}
 }
@@ -399,7 +442,7 @@ func (c *carrier) gone() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.do(steer.Gone)
-	c.onFast, c.priming, c.asked, c.lets, c.pulled, c.since, c.until = false, false, false, false, false, time.Time{}, time.Time{}
+	c.phase, c.looks, c.since, c.limit = onStandby, false, time.Time{}, nil
 }
 
 // switches are the last changes of the way.

@@ -396,13 +396,20 @@ func (p *failoverPair) Plug() error {
 
 // Unplug is failover.Host.
 func (p *failoverPair) Unplug(surprise bool) error {
-	fast := p.carrier != nil && p.carrier.leaving()
-	if !surprise || !fast || p.m.State() != StateRunning {
-		return p.unplug(surprise)
+	ask := func() error { return p.unplug(surprise) }
+	switch {
+	case p.carrier == nil:
+		return ask()
+	case !surprise:
+		_, err := p.carrier.leaving(ask)
+		return err
+	}
+	if fast, _ := p.carrier.leaving(nil); !fast || p.m.State() != StateRunning {
+		return ask()
 	}
 	p.waiting = p.After(drainTime, func() {
 		p.waiting = nil
-		if err := p.unplug(true); err != nil {
+		if err := ask(); err != nil {
 			p.Refused(err)
 		}
 	})
@@ -471,9 +478,9 @@ func (p *failoverPair) ejected() {
 	p.gone()
 }
 
-// noticeTime is how long a guest may take to notice that its device has gone, until when its frames
-// are held.
-const noticeTime = virtionet.HoldTime
+// noticeTime is how long a guest may take to notice that its device has gone, and to have its driver
+// removed, until when it would drop frames that came by the standby: they are held as long as any are.
+const noticeTime = 5 * time.Second
 
 func (p *failoverPair) stopWaiting() {
 	if p.waiting != nil {
@@ -496,6 +503,8 @@ func (p *failoverPair) slotChanged(state pci.SlotState) {
 	switch {
 	case state == pci.SlotBusy && p.carrier != nil && !p.m.cfg.Machine.NativeHotplug: // there it only blinks
 		p.carrier.begins()
+	case state == pci.SlotPresent && p.carrier != nil:
+		p.carrier.present()
 	case state == pci.SlotEmpty && p.waiting != nil:
 		p.gone()
 	case state == pci.SlotEmpty: // which a plug may have failed for

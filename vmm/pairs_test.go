@@ -148,6 +148,7 @@ func TestPulled(t *testing.T) {
 	s.probe("standby0").start(0)
 	s.shown(true, true)
 	s.probe("primary0").msix(true)
+	s.checks(2)
 	s.event("FAILOVER_SWITCHED", "")
 	for _, to := range []string{"standby", "primary"} {
 		s.execute("failover-switch", map[string]any{"id": "standby0", "to": to})
@@ -155,6 +156,7 @@ func TestPulled(t *testing.T) {
 	s.pair(failover.Primary)
 	s.shown(true, true)
 	s.execute("failover-switch", map[string]any{"id": "standby0", "to": "standby"})
+	s.checks(2)
 	if got := s.event("FAILOVER_SWITCHED", ""); !strings.Contains(got, `"point":"unplug","to":"standby"`) {
 		t.Error(got)
 	}
@@ -171,8 +173,13 @@ func TestCarrier(t *testing.T) {
 	s.shown(true, true)
 	p := s.probe("primary0")
 	p.msix(true)
-	s.event("FAILOVER_SWITCHED", "")
 	s.pair(failover.Primary)
+	var pairs []pairInfo
+	if err := json.Unmarshal([]byte(s.execute("query-failover", nil)), &pairs); err != nil || len(pairs[0].Switches) != 0 {
+		t.Errorf("while the driver is probed: %+v, %v", pairs, err)
+	}
+	s.checks(2)
+	s.event("FAILOVER_SWITCHED", "")
 	s.execute("failover-switch", map[string]any{"id": "standby0", "to": "standby"})
 	s.pair(failover.Unplugging)
 	p.msix(false)
@@ -191,7 +198,6 @@ func TestCarrier(t *testing.T) {
 	if n != 2 {
 		t.Errorf("%d switches", n)
 	}
-	var pairs []pairInfo
 	if err := json.Unmarshal([]byte(s.execute("query-failover", nil)), &pairs); err != nil || len(pairs[0].Switches) != 2 || pairs[0].Switches[1].To != "standby" {
 		t.Errorf("%+v, %v", pairs, err)
 	}

@@ -214,16 +214,29 @@ func (s *scripted) slotEvent() (port, code uint32) {
 // ejects waits for the request to let go of what is in a port's slot, and does.
 func (s *scripted) ejects(port uint32) {
 	s.t.Helper()
+	s.notified(port, 3)
+	s.eject(port)
+}
+
+// checks looks at a port's slot when it is told to, and says so.
+func (s *scripted) checks(port uint32) {
+	s.t.Helper()
+	s.notified(port, 2)
+	s.Machine.ports.Write(chipset.SlotPort+8, binary.LittleEndian.AppendUint32(nil, 1<<16|port))
+}
+
+// notified waits for an event of a port's slot.
+func (s *scripted) notified(port, want uint32) {
+	s.t.Helper()
 	for begin := time.Now(); ; {
 		p, code := s.slotEvent()
-		if code == 3 && p == port {
-			break
+		if code == want && p == port {
+			return
 		}
 		if time.Since(begin) > patience {
-			s.t.Fatalf("no request to eject from port %d", port)
+			s.t.Fatalf("no event %d of port %d", want, port)
 		}
 	}
-	s.eject(port)
 }
 
 // eject lets go of what is in a port's slot.

@@ -98,22 +98,17 @@ func (s *Slot) Occupant() Function {
 	return s.port.secondary.fns[0]
 }
 
-// State is where the slot stands.
+// State is where the slot stands. A guest has a function that it has enabled, however it found it;
+// [SlotHost] hears of that when it has dealt with the slot.
 func (s *Slot) State() SlotState {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.noticeUse()
+	if s.state == SlotPlugging {
+		if f := s.Occupant(); f != nil && f.Config().Uint16(RegCommand)&(CommandMemory|CommandMaster) != 0 {
+			return SlotPresent
+		}
+	}
 	return s.state
-}
-
-// noticeUse takes it that the guest has a function which it has enabled, however it found it.
-func (s *Slot) noticeUse() {
-	if s.state != SlotPlugging {
-		return
-	}
-	if f := s.Occupant(); f != nil && f.Config().Uint16(RegCommand)&(CommandMemory|CommandMaster) != 0 {
-		s.state = SlotPresent
-	}
 }
 
 // then collects what to do once the lock is released.

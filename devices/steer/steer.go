@@ -122,13 +122,13 @@ func (s *Steerer) netlink(step Step, vf VF) error {
 		}
 		return vf.setMAC(was)
 	case Both:
-		return errors.Join(s.entry(s.c.TAP), s.filter(vf.PF))
+		return s.copies(vf.PF)
 	case GiveMAC:
 		return vf.setMAC(s.c.MAC)
 	case Primary:
 		return errors.Join(vf.setMAC(s.c.MAC), s.entry(vf.PF), s.filter(""), s.announce(vf.PF))
 	case Standby:
-		return errors.Join(s.entry(s.c.TAP), vf.setMAC(noMAC), s.filter(vf.PF))
+		return errors.Join(s.copies(vf.PF), vf.setMAC(noMAC))
 	}
 	return errors.Join(s.entry(""), s.filter(""))
 }
@@ -182,6 +182,14 @@ func (vf VF) setMAC(mac net.HardwareAddr) error {
 		return fmt.Errorf("give VF %d of %s the MAC %s: %w", vf.Index, vf.PF, mac, err)
 	}
 	return nil
+}
+
+// copies has what the PF named pf does not hand to a VF alone go to the TAP, unless that is so.
+func (s *Steerer) copies(pf string) error {
+	if pf != "" && s.copy == pf {
+		return nil
+	}
+	return errors.Join(s.entry(s.c.TAP), s.filter(pf))
 }
 
 // filter has the PF named pf take frames for the MAC itself, and no other one; "" is none.

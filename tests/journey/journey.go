@@ -288,13 +288,13 @@ func (w *World) Load(ctx context.Context, m *Machine) *Load {
 	rate := UDPRate()
 	l := &Load{w: w, pinger: w.Peer.Pinger(GuestIP, pings)}
 	local, guest := fmt.Sprintf("%s:%d", PeerIP, peerPort), fmt.Sprintf("%s:%d", GuestIP, peerPort)
+	m.Output(ctx, "@udp", guest, local, fmt.Sprint(rate)) // first: it may still send those of the last trip
 	if err := w.Peer.Do(func() (err error) {
 		l.udp, err = nettool.StartDatagrams(local, guest, rate)
 		return err
 	}); err != nil {
 		w.T.Fatal(err)
 	}
-	m.Output(ctx, "@udp", guest, local, fmt.Sprint(rate))
 	if err := l.udp.Wait(ctx); err != nil {
 		w.T.Fatal(err)
 	}
