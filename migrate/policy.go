@@ -5,7 +5,8 @@ import (
 	"time"
 )
 
-// worthIt is a stop that no further round is to make shorter.
+// worthIt is a stop that no further round is to make shorter; nor is one of which RAM is the lesser
+// part, for a round takes as long as the rest of it.
 const worthIt = 5 * time.Millisecond
 
 // DefaultPolicy stops the guest when the rest fits into the downtime limit, and goes on for
@@ -35,7 +36,7 @@ func DefaultPolicy(s Sample) Decision {
 		over = fmt.Sprintf("limit-time: %s are over", s.Elapsed.Round(time.Millisecond))
 	}
 	switch fits := s.Remaining == 0 || d.ExpectedDowntime <= limit; {
-	case fits && (over != "" || !shrinks || d.ExpectedDowntime-s.Overhead <= worthIt):
+	case fits && (over != "" || !shrinks || d.ExpectedDowntime-s.Overhead <= max(worthIt, s.Overhead)):
 		d.Action, d.Reason = Switch, "the rest fits into downtime-limit"
 	case over != "" && p.LimitAction == "switch":
 		d.Action, d.Reason = Switch, over

@@ -33,6 +33,7 @@ func TestDefaultPolicy(t *testing.T) {
 		{"fits, and shrinks no more", Sample{Params: p, Remaining: 100 * mib, Sent: 150 * mib, Bandwidth: 1000 * mib}, Switch, 0, 100 * ms, "fits"},
 		{"fits, but shrinks", Sample{Params: p, Remaining: 100 * mib, Sent: 200 * mib, Bandwidth: 1000 * mib}, NextRound, 0, 100 * ms, "shorter"},
 		{"fits, shrinks, but is little", Sample{Params: p, Remaining: 5 * mib, Sent: 200 * mib, Bandwidth: 1000 * mib, Overhead: 20 * ms}, Switch, 0, 25 * ms, "fits"},
+		{"fits, shrinks, but is the lesser part", Sample{Params: p, Remaining: 20 * mib, Sent: 200 * mib, Bandwidth: 1000 * mib, Overhead: 20 * ms}, Switch, 0, 40 * ms, "fits"},
 		{"the user knows the rate", Sample{Params: slow, Remaining: mib, Sent: mib, Bandwidth: 1000 * mib}, NextRound, 0, time.Second, ""},
 		{"rounds are over", Sample{Params: limited(3, 0, "cancel"), Round: 3, Remaining: 1000 * mib, Bandwidth: mib}, GiveUp, 0, 1000 * time.Second, "limit-rounds: 3 rounds"},
 		{"rounds are not over", Sample{Params: limited(3, 0, "cancel"), Round: 2, Remaining: 1000 * mib, Bandwidth: mib}, NextRound, 0, 1000 * time.Second, ""},

@@ -18,7 +18,7 @@ const block = 1 << 20
 type senders struct {
 	mem   *guestmem.Memory
 	conns []*wire.Conn
-	batch []*wire.Batch // one for each
+	batch [][2]*wire.Batch // for each: one is filled while the other is written
 	limit limiter
 
 	blocks    uint64        // of all regions
@@ -35,12 +35,13 @@ func newSenders(m *guestmem.Memory, p Params, conns []*wire.Conn) (*senders, err
 	if err != nil {
 		return nil, err
 	}
-	for range conns {
-		b, err := wire.NewBatch(m, c, int(p.MultifdZstdLevel), p.ZeroPageDetection != "none")
-		if err != nil {
-			return nil, err
+	s.batch = make([][2]*wire.Batch, len(conns))
+	for i := range s.batch {
+		for j := range s.batch[i] {
+			if s.batch[i][j], err = wire.NewBatch(m, c, int(p.MultifdZstdLevel), p.ZeroPageDetection != "none"); err != nil {
+				return nil, err
+			}
 		}
-		s.batch = append(s.batch, b)
 	}
 	for _, r := range m.Regions() {
 		s.blocks += (r.Size + block - 1) / block
@@ -51,7 +52,8 @@ func newSenders(m *guestmem.Memory, p Params, conns []*wire.Conn) (*senders, err
 // touched are pages that may be other than zeros; nil is all. No round is under way.
 func (s *senders) touched(set *guestmem.Bitmap) {
 	for _, b := range s.batch {
-		b.Touched(set)
+		b[0].Touched(set)
+		b[1].Touched(set)
 	}
 }
 
@@ -93,18 +95,21 @@ func (s *senders) send(ctx context.Context, n int, pages *guestmem.Bitmap, until
 	return (s.normal.Load() - normal) * guestmem.PageSize, max(busy, time.Microsecond), errors.Join(errs...)
 }
 
-// worker sends blocks until there is none.
-func (s *senders) worker(ctx context.Context, c *wire.Conn, b *wire.Batch, pages *guestmem.Bitmap, until time.Time, rate func() uint64) error {
+// worker sends blocks until there is none. One batch is filled while the one before is written.
+func (s *senders) worker(ctx context.Context, c *wire.Conn, batches [2]*wire.Batch, pages *guestmem.Bitmap, until time.Time, rate func() uint64) (err error) {
+	b, other := batches[0], batches[1]
+	written := make(chan error, 1) // how it was to write other
+	written <- nil
+	defer func() { err = errors.Join(err, <-written) }()
 	flush := func() error {
-		normal, zero := b.Pages()
-		before := c.Sent()
-		if err := b.Send(c); err != nil {
+		b.Seal()
+		if err := <-written; err != nil {
+			written <- nil
 			return err
 		}
-		s.normal.Add(normal)
-		s.zero.Add(zero)
-		s.remaining.Add(-int64((normal + zero) * guestmem.PageSize))
-		return s.limit.wait(ctx, c.Sent()-before, rate())
+		b, other = other, b
+		go func(b *wire.Batch) { written <- s.write(ctx, c, b, rate) }(other)
+		return nil
 	}
 	for !s.failed.Load() && (until.IsZero() || time.Now().Before(until)) {
 		i := s.next.Add(1) - 1
@@ -130,6 +135,19 @@ func (s *senders) worker(ctx context.Context, c *wire.Conn, b *wire.Batch, pages
 		}
 	}
 	return flush()
+}
+
+// write writes a batch, and waits until the next may follow.
+func (s *senders) write(ctx context.Context, c *wire.Conn, b *wire.Batch, rate func() uint64) error {
+	normal, zero := b.Pages()
+	before := c.Sent()
+	if err := b.Send(c); err != nil {
+		return err
+	}
+	s.normal.Add(normal)
+	s.zero.Add(zero)
+	s.remaining.Add(-int64((normal + zero) * guestmem.PageSize))
+	return s.limit.wait(ctx, c.Sent()-before, rate())
 }
 
 // unsent adds to b what the round that was cut short has left.

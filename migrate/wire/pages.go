@@ -59,6 +59,7 @@ type Batch struct {
 	frame   []byte // room for the header, the head and maxRuns runs, then data
 	data    []byte // of frame
 	packed  []byte // the same when it is compressed
+	sealed  []byte // the frame, nil: not yet
 	pages   uint64 // in data
 	nzero   uint64 // zero pages
 	nextGPA uint64 // of the last run, and its kind, so that it can grow
@@ -166,8 +167,19 @@ const beforeData = headerSize + batchSize + maxRuns*runSize
 
 // Send writes the batch as a frame, if there is something in it, and empties it.
 func (b *Batch) Send(c *Conn) error {
-	if len(b.runs) == 0 {
+	b.Seal()
+	frame := b.sealed
+	b.runs, b.data, b.pages, b.nzero, b.sealed = b.runs[:0], b.data[:0], 0, 0, nil
+	if frame == nil {
 		return nil
+	}
+	return c.writeAll(frame)
+}
+
+// Seal does what of Send is not writing. Nothing can be added after it.
+func (b *Batch) Seal() {
+	if len(b.runs) == 0 || b.sealed != nil {
+		return
 	}
 	frame, data, how := b.frame, b.data, None
 	if packed := b.pack(); len(packed) < len(data) {
@@ -183,8 +195,7 @@ func (b *Batch) Send(c *Conn) error {
 	frame = frame[beforeData-len(head)-headerSize : beforeData+len(data)]
 	payload := frame[headerSize:]
 	Header{TypePages, uint32(len(payload)), updateCRC(0, payload)}.put(frame)
-	b.runs, b.data, b.pages, b.nzero = b.runs[:0], b.data[:0], 0, 0
-	return c.writeAll(frame)
+	b.sealed = frame
 }
 
 // pack compresses the data; what is no shorter is not wanted.
