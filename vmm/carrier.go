@@ -232,9 +232,19 @@ func (c *carrier) toPrimary() {
 	}
 	c.phase, c.limit = onPrimary, nil
 	c.say("plug", "primary", sent, held.Dropped+held.Frames-sent)
+	c.has()
 	if !c.looks {
 		c.settled()
 	}
+}
+
+// has tells the pair that the guest has the primary.
+func (c *carrier) has() {
+	c.m.post(func() {
+		if p := c.m.pairOf(c.standby); p != nil && p.plugged {
+			p.Taken()
+		}
+	})
 }
 
 // present says that the guest is done with the slot that its primary is in.
@@ -374,6 +384,7 @@ func (c *carrier) stays() {
 	_, _, err := c.net.TakeHeld()
 	c.warn(err)
 	c.phase, c.since = onPrimary, time.Time{}
+	c.has()
 }
 
 // left says that the guest has let go, for a driver that did not say so.

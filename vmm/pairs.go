@@ -308,18 +308,12 @@ func (p *failoverPair) opened(d *device) error {
 	return err
 }
 
-// observe has the carrier and the pair follow what a driver does to a device that may be a
-// primary.
+// observe has the carrier follow what a driver does to a device that may be a primary.
 func (m *Machine) observe(d *device) {
 	d.fn.Config().OnUse(func(u pci.Use) { // on a vCPU's thread
 		if c := d.watch.carrier.Load(); c != nil {
 			c.used(u)
 		}
-		m.post(func() {
-			if p := m.pairWith(d.ID); p != nil && p.device == d && u.Unmasked {
-				p.Taken()
-			}
-		})
 	})
 }
 

@@ -173,13 +173,13 @@ func TestCarrier(t *testing.T) {
 	s.shown(true, true)
 	p := s.probe("primary0")
 	p.msix(true)
-	s.pair(failover.Primary)
 	var pairs []pairInfo
 	if err := json.Unmarshal([]byte(s.execute("query-failover", nil)), &pairs); err != nil || len(pairs[0].Switches) != 0 {
 		t.Errorf("while the driver is probed: %+v, %v", pairs, err)
 	}
 	s.checks(2)
 	s.event("FAILOVER_SWITCHED", "")
+	s.pair(failover.Primary)
 	s.execute("failover-switch", map[string]any{"id": "standby0", "to": "standby"})
 	s.pair(failover.Unplugging)
 	p.msix(false)
