@@ -110,10 +110,11 @@ func (s *Source) precopy() error {
 		sample.Round, sample.Elapsed, sample.Sent = n, now.Sub(begin), bytes
 		sample.Remaining = s.sending.Count() * guestmem.PageSize
 		sample.DirtyRate = float64(got) / period.Seconds()
-		if bytes >= block || sample.Bandwidth == 0 { // else it is the overhead that was measured
-			sample.Bandwidth = float64(bytes) / busy.Seconds()
+		// A short round that is slower has shown what it takes besides.
+		if rate := float64(bytes) / busy.Seconds(); bytes >= 4*block || rate >= sample.Bandwidth {
+			sample.Bandwidth = rate
 		} else {
-			sample.Overhead = busy
+			sample.Overhead = busy - time.Duration(float64(bytes)/sample.Bandwidth*float64(time.Second))
 		}
 		if got > bytes/100*sample.Params.ThrottleTriggerThreshold {
 			sample.HighDirty++
