@@ -29,7 +29,8 @@ import (
 //	    └──────────────────────────────────────────────────────────────────────────────────────────────────────┘
 //
 //	taking     the VF has the MAC; copies go to the standby's side, and are held from MSI-X on
-//	serving    the same: what the guest sends may be lost, such as answers to what comes by the VF
+//	serving    the same: what the guest sends may be lost, such as answers to what comes by the VF;
+//	           for a second at most
 //	onPrimary  what is held is sent to the VF; nothing goes to the standby's side
 //	asked      copies go there, and are held; when the guest begins, and at a pull, what is held
 //	           is forgotten but for what may be in the primary's ring
@@ -137,7 +138,7 @@ func (c *carrier) used(u pci.Use) {
 	case u.Unmasked && c.looks:
 		c.prime()
 		c.phase = serving
-		c.holdFor(virtionet.HoldTime)
+		c.holdFor(driverTime)
 	case u.Unmasked:
 		c.toPrimary()
 	case u.Master || u.Enabled:
