@@ -30,7 +30,7 @@ import (
 //
 //	taking     the VF has the MAC; copies go to the standby's side, and are held from MSI-X on
 //	serving    the same: what the guest sends may be lost, such as answers to what comes by the VF;
-//	           for a second at most
+//	           for a second at most, and not with one CPU, which has enough to do
 //	onPrimary  what is held is sent to the VF; nothing goes to the standby's side
 //	asked      copies go there, and are held; when the guest begins, and at a pull, what is held
 //	           is forgotten but for what may be in the primary's ring
@@ -135,7 +135,7 @@ func (c *carrier) used(u pci.Use) {
 		c.lettingGo()
 	case fast:
 		c.since = time.Time{} // it goes on
-	case u.Unmasked && c.looks:
+	case u.Unmasked && c.looks && c.m.cfg.SMP > 1: // one CPU does not begin to use it meanwhile
 		c.prime()
 		c.phase = serving
 		c.holdFor(driverTime)

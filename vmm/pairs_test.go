@@ -167,7 +167,7 @@ func TestPulled(t *testing.T) {
 // Frames for the guest follow its driver: to the standby when it lets go of the primary, with
 // what came in between.
 func TestCarrier(t *testing.T) {
-	s := startPair(t, standby0+"on", primary0+"standby0,failover-unplug-timeout=60000")
+	s := startPair(t, standby0+"on", primary0+"standby0,failover-unplug-timeout=60000", "-smp", "2")
 	d := s.probe("standby0")
 	d.start(0)
 	s.shown(true, true)
