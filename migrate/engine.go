@@ -144,28 +144,3 @@ func stayAlive(ctx context.Context, stall time.Duration, conns ...*wire.Conn) {
 		}
 	}
 }
-
-// Differences names the facts that differ, for a machine that needs all of them to be equal.
-func Differences(source, target []Fact) []string {
-	var diff []string
-	have := make(map[string]string)
-	for _, f := range target {
-		have[f.Name] = f.Value
-	}
-	for _, f := range source {
-		v, ok := have[f.Name]
-		switch {
-		case !ok:
-			diff = append(diff, fmt.Sprintf("%s: %s on the source, missing on the target", f.Name, f.Value))
-		case v != f.Value:
-			diff = append(diff, fmt.Sprintf("%s: %s on the source, %s on the target", f.Name, f.Value, v))
-		}
-		delete(have, f.Name)
-	}
-	for _, f := range target {
-		if _, ok := have[f.Name]; ok {
-			diff = append(diff, fmt.Sprintf("%s: missing on the source, %s on the target", f.Name, f.Value))
-		}
-	}
-	return diff
-}

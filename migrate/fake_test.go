@@ -197,7 +197,32 @@ func (m *machine) alive(method string) (unlock func(), err error) {
 
 func (m *machine) Memory() *guestmem.Memory     { return m.mem }
 func (m *machine) Facts() []Fact                { return m.facts }
-func (m *machine) Check(source []Fact) []string { return Differences(source, m.facts) }
+func (m *machine) Check(source []Fact) []string { return differences(source, m.facts) }
+
+// differences names the facts that differ, for a machine that needs all of them to be equal.
+func differences(source, target []Fact) []string {
+	var diff []string
+	have := make(map[string]string)
+	for _, f := range target {
+		have[f.Name] = f.Value
+	}
+	for _, f := range source {
+		v, ok := have[f.Name]
+		switch {
+		case !ok:
+			diff = append(diff, fmt.Sprintf("%s: %s on the source, missing on the target", f.Name, f.Value))
+		case v != f.Value:
+			diff = append(diff, fmt.Sprintf("%s: %s on the source, %s on the target", f.Name, f.Value, v))
+		}
+		delete(have, f.Name)
+	}
+	for _, f := range target {
+		if _, ok := have[f.Name]; ok {
+			diff = append(diff, fmt.Sprintf("%s: missing on the source, %s on the target", f.Name, f.Value))
+		}
+	}
+	return diff
+}
 
 func (m *machine) TakeLocks() error {
 	unlock, err := m.alive("TakeLocks")

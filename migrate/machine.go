@@ -63,7 +63,7 @@ type SourceMachine interface {
 type TargetMachine interface {
 	Machine
 	// Check compares the source's facts with its own and names each difference that matters, such
-	// as `cpu: leaf 7 ebx: avx512f is missing here`. Differences does it for facts that have to be equal.
+	// as `cpu: leaf 7 ebx: avx512f is missing here`.
 	Check(source []Fact) (differences []string)
 	// ReserveLocks makes sure that TakeLocks will succeed once the source has released the locks,
 	// which it has offered before. Its error refuses the migration.

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"time"
 )
 
 // Params are the parameters of migrate-set-parameters with QEMU's names, units and defaults.
@@ -102,15 +101,6 @@ func (p *Params) Validate() error {
 	word("limit-action", p.LimitAction, "cancel", "switch")
 	num("stall-timeout", p.StallTimeout, 1, 3600*1000, " ms")
 	return errors.Join(errs...)
-}
-
-// Announcement returns the pause before the i-th repetition of the announcement, i being 1 for the
-// second one, and false when there is none: announce-rounds in all.
-func (p *Params) Announcement(i int) (time.Duration, bool) {
-	if i < 1 || uint64(i) >= p.AnnounceRounds {
-		return 0, false
-	}
-	return time.Duration(min(p.AnnounceInitial+uint64(i-1)*p.AnnounceStep, p.AnnounceMax)) * time.Millisecond, true
 }
 
 // Capability is an entry of query-migrate-capabilities.

@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"strings"
 	"testing"
-	"time"
 )
 
 func TestParams(t *testing.T) {
@@ -39,28 +38,6 @@ Parameter 'limit-action' does not accept value 'wait'
 it is one of cancel, switch`
 	if err := p.Validate(); err == nil || err.Error() != want {
 		t.Errorf("%v\nwant\n%s", err, want)
-	}
-}
-
-func TestAnnouncement(t *testing.T) {
-	p := DefaultParams()
-	var got []time.Duration
-	for i := 1; ; i++ {
-		d, ok := p.Announcement(i)
-		if !ok {
-			break
-		}
-		got = append(got, d)
-	}
-	if len(got) != 4 || got[0] != 50*time.Millisecond || got[3] != 350*time.Millisecond {
-		t.Errorf("pauses %v", got)
-	}
-	p.AnnounceMax = 100
-	if d, ok := p.Announcement(4); !ok || d != 100*time.Millisecond {
-		t.Errorf("%v, %v", d, ok)
-	}
-	if _, ok := p.Announcement(0); ok {
-		t.Error("a pause before the first")
 	}
 }
 

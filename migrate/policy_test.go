@@ -55,20 +55,6 @@ func TestDefaultPolicy(t *testing.T) {
 	}
 }
 
-func TestDifferences(t *testing.T) {
-	source := facts("ram", "1 GiB", "cpu/0x7.0/ebx", "0x1", "device/a", "net")
-	target := facts("ram", "2 GiB", "cpu/0x7.0/ebx", "0x1", "device/b", "blk")
-	want := "ram: 1 GiB on the source, 2 GiB on the target\n" +
-		"device/a: net on the source, missing on the target\n" +
-		"device/b: missing on the source, blk on the target"
-	if got := strings.Join(Differences(source, target), "\n"); got != want {
-		t.Errorf("%s\nwant\n%s", got, want)
-	}
-	if d := Differences(source, source); d != nil {
-		t.Error(d)
-	}
-}
-
 // facts makes them of names and values.
 func facts(s ...string) (f []Fact) {
 	for ; len(s) > 0; s = s[2:] {

@@ -8,10 +8,12 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/binary"
 	"encoding/pem"
 	"errors"
 	"flag"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"math/big"
 	"net"
@@ -521,7 +523,9 @@ func fixed(stream []byte) []byte {
 			n = len(b) - at - 16
 			h[4], h[5], h[6], h[7] = byte(n), byte(n>>8), byte(n>>16), byte(n>>24)
 		}
-		wire.Checksum(h, b[at+16:at+16+n])
+		castagnoli := crc32.MakeTable(crc32.Castagnoli)
+		binary.LittleEndian.PutUint32(h[8:], crc32.Checksum(b[at+16:at+16+n], castagnoli))
+		binary.LittleEndian.PutUint32(h[12:], crc32.Checksum(h[:12], castagnoli))
 		at += 16 + n
 	}
 	return b

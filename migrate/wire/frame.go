@@ -112,13 +112,6 @@ func (h Header) put(b []byte) {
 	le.PutUint32(b[12:], crc32.Checksum(b[:12], castagnoli))
 }
 
-// Checksum makes the checksums of a header right for a payload of the length that it has, for
-// tests that want to be heard.
-func Checksum(header, payload []byte) {
-	le.PutUint32(header[8:], updateCRC(0, payload))
-	le.PutUint32(header[12:], crc32.Checksum(header[:12], castagnoli))
-}
-
 // ErrCorrupt is the cause when a checksum is wrong or a structure cannot be.
 var ErrCorrupt = errors.New("corrupt stream")
 

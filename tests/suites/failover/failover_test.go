@@ -89,7 +89,9 @@ func TestSwitch(t *testing.T) {
 		s := switched(q)
 		waitState(q, way)
 		peer.Ping(harness.Context(t, limit), guest)
-		time.Sleep(300 * time.Millisecond)
+		if err := pings.Wait(harness.Context(t, limit), 60); err != nil { // what it has lost, or held, shows in these
+			t.Fatal(err)
+		}
 		r := pings.Pings()
 		pings.Stop()
 		t.Logf("to the %s: %+v; %v", way, s, r)
