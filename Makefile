@@ -10,13 +10,13 @@ LIMIT    ?= 15m
 # Some are both: here they meet this machine's KVM, if it has one, there kvm_amd and vhost-net.
 # What takes minutes, or has not run beside the others for long, is for test-long; so are there
 # the tests with tiny guests, where this machine's KVM has run them.
-SUITES = $$($(GO) list ./tests/suites/... | grep -vE "$(if $(BATON_LONG),none,/(failover|hostile|hotplug|migrate|vfio)$$)") $(if $(BATON_LONG),./tests/l0 ./vmm,$(if $(wildcard /dev/kvm),,./tests/l0)) ./kvm/... ./devices/vhost/... ./devices/tap/... ./devices/virtio/net/...
+SUITES = $$($(GO) list ./tests/suites/... | grep -vE "/($(if $(BATON_LONG),,failover|hostile|hotplug|migrate|vfio|)hosts)$$") $(if $(BATON_LONG),./tests/l0 ./vmm,$(if $(wildcard /dev/kvm),,./tests/l0)) ./kvm/... ./devices/vhost/... ./devices/tap/... ./devices/virtio/net/...
 LOCAL  = $$($(GO) list ./... | grep -vE '^baton/tests/(suites|bench)(/|$$)')
 
 export CGO_ENABLED ?= 0
 .DEFAULT_GOAL := help
 .PHONY: help build install test test-long demo bench images lint fuzz nested clean \
-	test-local test-images test-suites FORCE
+	test-local test-images test-suites test-hosts FORCE
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r t d; do printf '  make %-10s %s\n' "$$t" "$$d"; done
@@ -26,7 +26,7 @@ build: ## build ./baton, static
 
 test: ## all checks: lint, unit tests under the race detector, suites in the nested host, fuzz targets
 	@start=$$(date +%s); \
-	for stage in install lint test-local images test-images test-suites fuzz; do \
+	for stage in install lint test-local images test-images test-suites $(if $(BATON_LONG),$(if $(filter host,$(BATON_TEST)),,test-hosts)) fuzz; do \
 		echo "== $$stage"; \
 		$(MAKE) --no-print-directory $$stage || { echo "make test: FAILED in $$stage, see above"; exit 1; }; \
 	done; \
@@ -90,6 +90,10 @@ test-images:
 
 test-suites: $(NESTED)
 	@$(NESTED) run -limit $(LIMIT) -json $(CACHE)/suites.json -summary $(CACHE)/suites.txt $(SUITES)
+
+# Two nested hosts, between which a guest moves.
+test-hosts: $(NESTED)
+	@$(NESTED) run -hosts 2 -limit $(LIMIT) -json $(CACHE)/hosts.json ./tests/suites/hosts
 
 # The go command knows what has changed.
 $(NESTED): FORCE

@@ -28,6 +28,7 @@ const (
 	EnvBaton     = "BATON_BIN"       // the program under test
 	EnvRepo      = "BATON_REPO"      // root of the repository, whose .cache holds the images
 	EnvArtifacts = "BATON_ARTIFACTS" // a folder for logs, kept if the suite fails
+	EnvHost      = "BATON_HOST"      // of two nested hosts, which run the same suite: 0 or 1
 	EnvPFs       = "BATON_PFS"       // on a host: names of the SR-IOV NICs to use, by comma
 )
 

@@ -33,7 +33,8 @@ type machine struct {
 	messages chan proto.Message
 	out      string
 	start    time.Time
-	emulated bool // by TCG
+	emulated bool     // by TCG
+	other    *machine // the second one of two; closed with this one
 }
 
 // A machineConfig says how to start one.
@@ -45,6 +46,9 @@ type machineConfig struct {
 	out       string // the folder that L1 may write to
 	tty       bool   // give the serial console our terminal
 	memory    int    // MiB
+	host      int    // 1: the second one of two
+	shared    string // the folder of what two have in common; "": there is one
+	wire      [2]int // the UDP ports of this machine by which two have one wire
 }
 
 // maxMemory keeps L1's RAM under 2.75 GiB. With more, the firmware puts the VF BARs above
@@ -85,7 +89,15 @@ func qemuArgs(c machineConfig) []string {
 		args = append(args,
 			"-device", fmt.Sprintf("pcie-root-port,id=rp%d,chassis=%d", i, i+1),
 			"-netdev", fmt.Sprintf("hubport,id=h%d,hubid=0", i),
-			"-device", fmt.Sprintf("%s,netdev=h%d,bus=rp%d,mac=52:54:00:00:00:%02x", nic, i, i, i+1))
+			"-device", fmt.Sprintf("%s,netdev=h%d,bus=rp%d,mac=52:54:00:00:%02x:%02x", nic, i, i, c.host, i+1))
+	}
+	if c.shared != "" { // what joins their wires, and a disk
+		const wire = "dgram,id=wire,local.type=inet,local.host=127.0.0.1,local.port=%d,remote.type=inet,remote.host=127.0.0.1,remote.port=%d"
+		args = append(args,
+			"-netdev", fmt.Sprintf(wire, c.wire[c.host], c.wire[1-c.host]), // by a stream, one that does not read has the other one stop
+			"-netdev", "hubport,id=h3,hubid=0,netdev=wire",
+			"-drive", "if=none,id=disk,format=raw,file.locking=off,file="+path(filepath.Join(c.shared, "disk")),
+			"-device", "virtio-blk-pci,drive=disk,share-rw=on")
 	}
 	return append(args,
 		"-virtfs", "local,path=/,mount_tag="+proto.RootTag+",security_model=none,readonly=on,multidevs=remap",
@@ -196,6 +208,9 @@ func (m *machine) run(ctx context.Context, c proto.Command, stdout, stderr io.Wr
 
 // close ends L1: by a kill, since nothing in it outlives it.
 func (m *machine) close() {
+	if m.other != nil {
+		m.other.close()
+	}
 	m.cmd.Process.Kill()
 	m.cmd.Wait()
 	m.conn.Close()

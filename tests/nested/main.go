@@ -14,6 +14,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -119,9 +120,9 @@ func (e env) runDir(out string) (string, error) {
 	return out, os.MkdirAll(out, 0o755)
 }
 
-// start brings up a nested host, installing what it takes, with its logs in out. The
-// caller closes it and removes its folder m.out.
-func (e env) start(ctx context.Context, tty bool, out string) (*machine, error) {
+// start brings up a nested host, or two that share a wire and a disk, installing what it takes, with
+// the logs in out. The caller closes it and removes its folder m.out.
+func (e env) start(ctx context.Context, tty bool, out string, hosts int) (*machine, error) {
 	if err := e.install(ctx); err != nil {
 		return nil, err
 	}
@@ -143,7 +144,35 @@ func (e env) start(ctx context.Context, tty bool, out string) (*machine, error) 
 	if c.out, err = e.runDir(out); err != nil {
 		return nil, err
 	}
+	if hosts > 1 {
+		c.shared = c.out
+		var free []net.PacketConn
+		for i := range c.wire {
+			p, err := net.ListenPacket("udp", "127.0.0.1:0")
+			if err != nil {
+				return nil, err
+			}
+			c.wire[i] = p.LocalAddr().(*net.UDPAddr).Port
+			free = append(free, p)
+		}
+		for _, p := range free {
+			p.Close()
+		}
+		if err := os.WriteFile(filepath.Join(c.shared, "disk"), make([]byte, sharedDisk), 0o600); err != nil {
+			return nil, err
+		}
+	}
 	m, err := boot(ctx, c)
+	if err == nil && hosts > 1 {
+		c.host, c.out = 1, filepath.Join(c.shared, "host-1")
+		if err = os.MkdirAll(c.out, 0o755); err == nil {
+			m.other, err = boot(ctx, c)
+		}
+		if err != nil {
+			m.close()
+		}
+		c.out = c.shared
+	}
 	switch {
 	case err != nil && ctx.Err() != nil:
 		os.RemoveAll(c.out)
@@ -152,6 +181,9 @@ func (e env) start(ctx context.Context, tty bool, out string) (*machine, error) 
 	}
 	return m, err
 }
+
+// sharedDisk is the size of the disk that two nested hosts share, in bytes.
+const sharedDisk = 64 << 20
 
 // build runs the go command for what L1 executes: static, since L1's C library is L0's but
 // an initramfs has none.
@@ -185,7 +217,7 @@ func (e env) shell(ctx context.Context, argv []string) (int, error) {
 	if !term.IsTerminal(fd) {
 		return 1, errors.New("shell: no terminal; use exec")
 	}
-	m, err := e.start(ctx, true, "")
+	m, err := e.start(ctx, true, "", 1)
 	if err != nil {
 		return 1, err
 	}
@@ -211,7 +243,7 @@ func (e env) exec(ctx context.Context, argv []string) (int, error) {
 	if err != nil {
 		return 1, err
 	}
-	m, err := e.start(ctx, false, "")
+	m, err := e.start(ctx, false, "", 1)
 	if err != nil {
 		return 1, err
 	}

@@ -109,6 +109,12 @@ func TestQEMUArgs(t *testing.T) {
 			t.Errorf("no %q in %s", want, line)
 		}
 	}
+	line = strings.Join(qemuArgs(machineConfig{accel: "tcg", host: 1, shared: "/tmp/a", wire: [2]int{7, 8}}), " ")
+	for _, want := range []string{"mac=52:54:00:00:01:02", "local.port=8,remote.type=inet,remote.host=127.0.0.1,remote.port=7", "file=/tmp/a/disk", "share-rw=on"} {
+		if !strings.Contains(line, want) {
+			t.Errorf("no %q in %s", want, line)
+		}
+	}
 	if line := strings.Join(qemuArgs(machineConfig{accel: "kvm"}), " "); strings.Contains(line, "tcg") || !strings.Contains(line, "-cpu host") {
 		t.Error("with KVM:", line)
 	}

@@ -11,6 +11,7 @@ import (
 	"path"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -22,12 +23,14 @@ import (
 type runOptions struct {
 	suite, run, out, json, summary string
 	limit                          time.Duration
+	hosts                          int
 }
 
 func (o *runOptions) flags(fs *flag.FlagSet) {
 	fs.StringVar(&o.suite, "suite", "", "only packages whose path matches `REGEX`")
 	fs.StringVar(&o.run, "run", "", "only tests whose name matches `REGEX`, as go test's flag")
 	fs.DurationVar(&o.limit, "limit", 10*time.Minute, "time `LIMIT` for one package")
+	fs.IntVar(&o.hosts, "hosts", 1, "start `N` nested hosts, 1 or 2: of 2, which share a wire and a disk, the second one runs the same, with BATON_HOST=1 (run only)")
 	fs.StringVar(&o.out, "out", "", "keep logs in `DIR`, also when all is well (run only)")
 	fs.StringVar(&o.json, "json", "-", "write the events of go test -json to `FILE`; - is stdout")
 	fs.StringVar(&o.summary, "summary", "", "write the result in half a line to `FILE`")
@@ -99,7 +102,7 @@ func (e env) runSuites(ctx context.Context, o runOptions, patterns []string) (in
 		return 1, err
 	}
 	defer events.Close()
-	m, err := e.start(ctx, false, o.out)
+	m, err := e.start(ctx, false, o.out, o.hosts)
 	if err != nil {
 		return 1, err
 	}
@@ -129,7 +132,7 @@ func (e env) runSuites(ctx context.Context, o runOptions, patterns []string) (in
 				break retry
 			}
 			m.close()
-			again, berr := e.start(ctx, false, o.out)
+			again, berr := e.start(ctx, false, o.out, o.hosts)
 			if berr != nil {
 				err = berr
 				break
@@ -248,10 +251,17 @@ func (e env) runSuite(ctx context.Context, m *machine, s suite, o runOptions, ba
 	// in if it cannot.
 	ctx, cancel := context.WithTimeoutCause(ctx, o.limit+time.Minute, fmt.Errorf("no end in %v", o.limit+time.Minute))
 	defer cancel()
-	x, err := m.run(ctx, proto.Command{
+	c := proto.Command{
 		Argv: argv, Dir: s.dir, LimitSeconds: (o.limit + 20*time.Second).Seconds(),
 		Env: environ("BATON_BIN="+baton, "BATON_ARTIFACTS="+path.Join(proto.OutDir, s.name()), "BATON_REPO="+e.repo),
-	}, in, in)
+	}
+	other := func() error { return nil }
+	if m.other != nil {
+		other = m.other.runBeside(ctx, c, filepath.Join(artifacts, "host-1.log"))
+		c.Env = append(c.Env, "BATON_HOST=0")
+	}
+	x, err := m.run(ctx, c, in, in)
+	err = errors.Join(err, other())
 	if err != nil || x.Code != 0 || x.Killed {
 		// As go test adds: test2json does not know the exit code. \x16 marks a line of the framework's.
 		fmt.Fprintf(in, "\n\x16FAIL\t%s\n", s.pkg)
@@ -259,6 +269,36 @@ func (e env) runSuite(ctx context.Context, m *machine, s suite, o runOptions, ba
 	in.Close()
 	rerr := <-read
 	return errors.Join(err, rerr, convert.Wait(), exitProblem(x))
+}
+
+// runBeside runs in the second host what the first one does. The function that it returns waits for
+// the end, which is near when the first one's has come.
+func (m *machine) runBeside(ctx context.Context, c proto.Command, log string) (wait func() error) {
+	ctx, stop := context.WithCancelCause(ctx)
+	done := make(chan error, 1)
+	c.Env = append(slices.Clone(c.Env), "BATON_HOST=1")
+	go func() {
+		out, err := os.Create(log)
+		if err != nil {
+			done <- err
+			return
+		}
+		defer out.Close()
+		x, err := m.run(ctx, c, out, out)
+		if err == nil && x.Code != 0 {
+			err = fmt.Errorf("exit code %d", x.Code)
+		}
+		done <- err
+	}()
+	return func() error {
+		late := time.AfterFunc(time.Minute, func() { stop(errors.New("no end after the first one's")) })
+		defer late.Stop()
+		defer stop(nil)
+		if err := <-done; err != nil {
+			return fmt.Errorf("the second host: %w\nlog: %s", err, log)
+		}
+		return nil
+	}
 }
 
 // exitProblem is what is wrong with how a test binary ended that its events do not say.
