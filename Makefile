@@ -10,7 +10,7 @@ LIMIT    ?= 15m
 # Some are both: here they meet this machine's KVM, if it has one, there kvm_amd and vhost-net.
 # What takes minutes, or has not run beside the others for long, is for test-long; so are there
 # the tests with tiny guests, where this machine's KVM has run them.
-SUITES = $$($(GO) list ./tests/suites/... | grep -vE "/($(if $(BATON_LONG),,failover|hostile|hotplug|migrate|vfio|)hosts)$$") $(if $(BATON_LONG),./tests/l0 ./vmm,$(if $(wildcard /dev/kvm),,./tests/l0)) ./kvm/... ./devices/vhost/... ./devices/tap/... ./devices/virtio/net/...
+SUITES = $$($(GO) list ./tests/suites/... | grep -vE "/($(if $(BATON_LONG),,failover|hostile|hotplug|migrate|)hosts)$$") $(if $(BATON_LONG),./tests/l0 ./vmm,$(if $(wildcard /dev/kvm),,./tests/l0)) ./kvm/... ./devices/vhost/... ./devices/tap/... ./devices/virtio/net/...
 LOCAL  = $$($(GO) list ./... | grep -vE '^baton/tests/(suites|bench)(/|$$)')
 
 export CGO_ENABLED ?= 0

@@ -161,9 +161,7 @@ func Start(t testing.TB, c GuestConfig) *Guest {
 	return g
 }
 
-// endOnTripleFault ends a guest that the emulation of nested SVM has made triple-fault, as it does
-// now and then, whatever the VMM: its test would wait in vain. The runner gives the suite
-// another chance, and counts it.
+// endOnTripleFault ends a guest that has triple-faulted: its test would wait in vain.
 func (g *Guest) endOnTripleFault() {
 	if _, err := g.Stderr.Wait(context.Background(), 0, "guest triple fault"); err != nil {
 		return // it has ended

@@ -2,7 +2,6 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -11,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -32,8 +30,6 @@ type machine struct {
 	// messages is closed when QEMU is gone.
 	messages chan proto.Message
 	out      string
-	start    time.Time
-	emulated bool     // by TCG
 	other    *machine // the second one of two; closed with this one
 }
 
@@ -121,7 +117,7 @@ func boot(ctx context.Context, c machineConfig) (*machine, error) {
 	}
 	defer log.Close()
 
-	m := &machine{conn: ours, enc: json.NewEncoder(ours), messages: make(chan proto.Message), out: c.out, start: time.Now(), emulated: c.accel == "tcg"}
+	m := &machine{conn: ours, enc: json.NewEncoder(ours), messages: make(chan proto.Message), out: c.out}
 	m.cmd = exec.Command(c.qemu, qemuArgs(c)...)
 	m.cmd.ExtraFiles = []*os.File{theirs}
 	m.cmd.Stderr = log
@@ -170,7 +166,7 @@ func (m *machine) receive() {
 	}
 }
 
-var errGone = errors.New("QEMU ended")
+var errGone = errors.New("QEMU ended by itself")
 
 func (m *machine) next(ctx context.Context) (proto.Message, error) {
 	select {
@@ -216,36 +212,6 @@ func (m *machine) close() {
 	m.conn.Close()
 	for range m.messages {
 	}
-}
-
-// serialize keeps the emulator on one CPU of ours, where it has fewer faults.
-func (m *machine) serialize() error {
-	tasks, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", m.cmd.Process.Pid))
-	if err != nil {
-		return fmt.Errorf("serialize: %w", err)
-	}
-	var own, one unix.CPUSet
-	if err := unix.SchedGetaffinity(0, &own); err != nil {
-		return fmt.Errorf("serialize: %w", err)
-	}
-	for cpu := 0; one.Count() == 0; cpu++ {
-		if own.IsSet(cpu) {
-			one.Set(cpu)
-		}
-	}
-	for _, t := range tasks {
-		tid, _ := strconv.Atoi(t.Name())
-		if err := unix.SchedSetaffinity(tid, &one); err != nil && err != unix.ESRCH {
-			return fmt.Errorf("serialize: %w", err)
-		}
-	}
-	return nil
-}
-
-// panicked says whether L1's kernel has said that it cannot go on.
-func (m *machine) panicked() bool {
-	text, err := os.ReadFile(filepath.Join(m.out, "serial.log"))
-	return err != nil || bytes.Contains(text, []byte("Kernel panic")) || bytes.Contains(text, []byte("Oops"))
 }
 
 // lastWords is the end of what QEMU and L1's console said, for an error's text.

@@ -320,28 +320,16 @@ func TestEnviron(t *testing.T) {
 	}
 }
 
-// TestRewind counts a suite once that had to be started twice.
-func TestRewind(t *testing.T) {
-	r := newReport(false)
-	r.print = func(string, ...any) {}
-	events := func(lines ...string) {
-		if err := r.read(strings.NewReader(strings.Join(lines, "\n")+"\n"), io.Discard); err != nil {
-			t.Fatal(err)
-		}
+// TestGone is an emulator that ends under a suite: one error says so, with its last words.
+func TestGone(t *testing.T) {
+	m := &machine{enc: json.NewEncoder(io.Discard), messages: make(chan proto.Message), out: t.TempDir()}
+	if err := os.WriteFile(filepath.Join(m.out, "qemu.log"), []byte("qemu: no more memory\n"), 0o644); err != nil {
+		t.Fatal(err)
 	}
-	events(`{"Action":"pass","Package":"p","Test":"TestA"}`, `{"Action":"pass","Package":"p"}`)
-	before := r.counts()
-	if r.counts().worse(before) {
-		t.Error("worse than itself")
-	}
-	events(`{"Action":"pass","Package":"q","Test":"TestB"}`, `{"Action":"fail","Package":"q","Test":"TestC"}`, `{"Action":"fail","Package":"q"}`)
-	if r.ok() || !r.counts().worse(before) {
-		t.Error("a failed test is well")
-	}
-	r.rewind(before)
-	events(`{"Action":"pass","Package":"q","Test":"TestB"}`, `{"Action":"pass","Package":"q","Test":"TestC"}`, `{"Action":"pass","Package":"q"}`)
-	if want := "3 tests passed, 1 suites started again after a fault of the emulator"; !r.ok() || r.String() != want {
-		t.Errorf("ok %v: %s, want %s", r.ok(), r, want)
+	close(m.messages)
+	_, err := m.run(t.Context(), proto.Command{Argv: []string{"disk.test"}}, io.Discard, io.Discard)
+	if want := "nested host: QEMU ended by itself while disk.test ran\n    qemu: no more memory"; !errors.Is(err, errGone) || err.Error() != want {
+		t.Errorf("%v, want %s", err, want)
 	}
 }
 

@@ -34,19 +34,10 @@ type report struct {
 	build   map[string][]string
 	skips   []string
 
-	tally
-	failedIn map[string]bool
+	passed, failed int
+	broken         int // packages that failed without a failed test
+	failedIn       map[string]bool
 }
-
-// tally is what a report has counted.
-type tally struct {
-	passed, failed, packages int
-	broken                   int // packages that failed without a failed test
-	restarts                 int // suites that had to be started again, for the emulator's sake
-}
-
-// worse says whether something has failed since before.
-func (t tally) worse(before tally) bool { return t.failed > before.failed || t.broken > before.broken }
 
 type testID struct{ pkg, test string }
 
@@ -82,24 +73,6 @@ func (r *report) read(src io.Reader, w io.Writer) error {
 	}
 }
 
-// counts is what has been counted so far, for rewind.
-func (r *report) counts() tally {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.tally
-}
-
-// rewind forgets what a suite said that is started again.
-func (r *report) rewind(to tally) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	to.restarts = r.restarts + 1
-	r.tally = to
-	clear(r.running)
-	clear(r.output)
-	clear(r.failedIn)
-}
-
 func (r *report) say(format string, args ...any) {
 	r.last = time.Now()
 	r.print(format, args...)
@@ -130,7 +103,6 @@ func (r *report) event(e testEvent) {
 func (r *report) result(id testID, e testEvent) {
 	name := short(e.Package)
 	if e.Test == "" {
-		r.packages++
 		r.unfinished(e.Package)
 		switch {
 		case e.Action == "fail" && !r.failedIn[e.Package]:
@@ -224,9 +196,6 @@ func (r *report) String() string {
 	}
 	if len(r.skips) > 0 {
 		s += fmt.Sprintf(", %d skipped", len(r.skips))
-	}
-	if r.restarts > 0 {
-		s += fmt.Sprintf(", %d suites started again after a fault of the emulator", r.restarts)
 	}
 	return s
 }

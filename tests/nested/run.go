@@ -106,7 +106,7 @@ func (e env) runSuites(ctx context.Context, o runOptions, patterns []string) (in
 	if err != nil {
 		return 1, err
 	}
-	defer func() { m.close() }()
+	defer m.close()
 
 	r := newReport(true)
 	stop := make(chan struct{})
@@ -115,48 +115,15 @@ func (e env) runSuites(ctx context.Context, o runOptions, patterns []string) (in
 	var problems []error
 	for _, s := range suites {
 		say("suite %s", short(s.pkg))
-		before := r.counts()
-		err := e.runSuite(ctx, m, s, o, baton, bin, r, events)
-		// The emulation of nested SVM now and then makes a guest triple-fault, whatever its VMM. A
-		// suite gets other chances there, slower ones, and the summary counts them.
-	retry:
-		for resets, failures := 0, 0; m.emulated && ctx.Err() == nil; {
-			switch gone := errors.Is(err, errGone); {
-			case gone && resets < maxResets && !m.panicked():
-				resets++
-				say("nested host: QEMU ended by itself (%v), without a word from its kernel; the suite starts again in a new one", m.cmd.ProcessState)
-			case !gone && r.counts().worse(before) && failures < maxFailures:
-				failures++
-				say("suite %s failed in an emulated host: it starts again in a new one; logs and serial output: %s", short(s.pkg), m.out)
-			default:
-				break retry
-			}
-			m.close()
-			again, berr := e.start(ctx, false, o.out, o.hosts)
-			if berr != nil {
-				err = berr
-				break
-			}
-			m = again
-			if err = m.serialize(); err != nil {
-				break
-			}
-			r.rewind(before)
-			err = e.runSuite(ctx, m, s, o, baton, bin, r, events)
-		}
-		if err != nil {
+		if err := e.runSuite(ctx, m, s, o, baton, bin, r, events); err != nil {
 			problems = append(problems, fmt.Errorf("suite %s: %w", short(s.pkg), err))
-			if ctx.Err() != nil || errors.Is(err, errGone) {
+			if ctx.Err() != nil || errors.Is(err, errGone) { // there is no host for the other suites
 				break
 			}
 		}
 	}
 	return e.conclude(ctx, m, o, r, problems)
 }
-
-// An emulated host may end by itself that often under one suite, and a suite may fail there that
-// often before it has failed.
-const maxResets, maxFailures = 2, 2
 
 // conclude keeps or removes what a run left and says the result.
 func (e env) conclude(ctx context.Context, m *machine, o runOptions, r *report, problems []error) (int, error) {
