@@ -262,8 +262,8 @@ func (c *carrier) present() {
 }
 
 // settleTime is what a guest is given to do what its driver's probe has left: Linux deactivates
-// the queue of a primary without a carrier, which waits for all CPUs, and throws away until it has
-// activated it again what it sends by one that has a carrier by then.
+// the queue of a primary without a carrier, which waits for all other CPUs, and throws away until
+// it has activated it again what it sends by one that has a carrier by then.
 const settleTime = 300 * time.Millisecond
 
 // settled raises the vectors of a primary whose driver has been probed. Linux registers a NIC, and
@@ -271,7 +271,11 @@ const settleTime = 300 * time.Millisecond
 // it has no carrier, forgets so that it has just had one, and looks again when its mailbox
 // interrupts, or in two seconds. To be interrupted for nothing is nothing to a driver.
 func (c *carrier) settled() {
-	time.AfterFunc(settleTime, func() {
+	wait := settleTime
+	if c.m.cfg.SMP == 1 {
+		wait = 0
+	}
+	time.AfterFunc(wait, func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		if c.phase == onPrimary {
