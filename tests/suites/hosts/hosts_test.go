@@ -42,7 +42,8 @@ type side struct {
 	disk string
 	talk net.Conn
 	in   *bufio.Scanner
-	n    int // machines so far
+	n    int           // machines so far
+	peer *harness.Peer // of host 0
 }
 
 // TestMove has a guest with a VF, virtio-net and a disk go to the other host and come back.
@@ -58,6 +59,9 @@ func TestMove(t *testing.T) {
 	s.run("modprobe", "virtio_blk")
 	pfs := harness.PFs(t)
 	s.pf = pfs[0]
+	if s.me == 0 {
+		s.peer = harness.NewPeer(t, "10.99.0.2/24") // before the VFs, one of which would take the name of its NIC
+	}
 	s.pf.CreateVFs(t, 1)
 	harness.Tap(t, "tap0", 1)
 	harness.Bridge(t, "br0", s.pf.Name, "tap0")
@@ -74,7 +78,6 @@ func TestMove(t *testing.T) {
 // first has the guest at first, and in the end.
 func (s *side) first() {
 	s.run("mkfs.ext4", "-q", s.disk, "48M") // the agent stamps what is behind it
-	peer := harness.NewPeer(s, "10.99.0.2/24")
 	m := s.start(harness.Linux(s)...)
 	m.Output(s.ctx, "@addr", "eth0", guestIP+"/24")
 	m.Output(s.ctx, "@carrier", "eth2")
@@ -83,17 +86,17 @@ func (s *side) first() {
 	m.Sh(s.ctx, "mkdir -p /mnt && mount -t ext4 /dev/vda /mnt && echo kept >/mnt/first && sync")
 	m.Output(s.ctx, "@stamp", "8", "1")
 	m.Output(s.ctx, "@blkstamp", "/dev/vda", "0.5")
-	peer.Ping(s.ctx, guestIP)
-	pings := peer.Pinger(guestIP, 20*time.Millisecond)
+	s.peer.Ping(s.ctx, guestIP)
+	pings := s.peer.Pinger(guestIP, 20*time.Millisecond)
 	s.hear("listening")
 	s.leave(m)
 	s.hear("it is here")
-	peer.Ping(s.ctx, guestIP)
+	s.peer.Ping(s.ctx, guestIP)
 	m = s.start("-incoming", "tcp:"+address(0)+":4444")
 	s.say("listening")
 	s.here(m)
 	s.hear("it has left")
-	peer.Ping(s.ctx, guestIP)
+	s.peer.Ping(s.ctx, guestIP)
 	p := pings.Pings()
 	pings.Stop()
 	s.Logf("both ways: %v", p)
