@@ -43,13 +43,16 @@ type holder struct {
 	dropped int
 }
 
-// hold begins to read a queue that nobody else reads.
-func (h host) hold(queue int) (*holder, error) {
+// hold begins to read a queue that nobody else reads; frames came before what that has.
+func (h host) hold(queue int, frames [][]byte) (*holder, error) {
 	stop, err := devices.NewEventFD()
 	if err != nil {
 		return nil, err
 	}
 	k := &holder{port: port{h.tap, queue, stop}, done: make(chan struct{})}
+	for _, f := range frames {
+		k.keep(f)
+	}
 	go k.run()
 	return k, nil
 }
@@ -227,7 +230,7 @@ func (b *tapBackend) Detach(i int) (*holder, error) {
 	p.rxStop.Signal()
 	p.rx.Stop()
 	p.rx = nil
-	return b.hold(i)
+	return b.hold(i, p.receiver.frames)
 }
 
 // Attach implements [Backend].
@@ -240,23 +243,24 @@ func (b *tapBackend) Attach(i int, frames [][]byte, a *virtio.Activation) error 
 	_ = p.rxStop.Close()
 	p.rxStop = stop
 	r := newReceiver(port{b.tap, i, stop}, a, frames)
-	p.rx = r.q.Go(a.Failed, r.run)
+	p.receiver, p.rx = r, r.q.Go(a.Failed, r.run)
 	return nil
 }
 
 // Detach implements [Backend].
 func (b *vhostBackend) Detach(i int) (*holder, error) {
-	b.endReplay(i)
-	base, err := b.nets[i].StopRing(0)
-	if err != nil {
-		return nil, err
+	left, q := b.endReplay(i), b.queues[i][0]
+	if !b.detached[i] { // else vhost-net has not gone on since, and stands where it did
+		base, err := b.nets[i].StopRing(0)
+		if err != nil {
+			return nil, err
+		}
+		q.Seek(base)
 	}
-	b.queues[i][0].Seek(base)
-	k, err := b.hold(i)
-	if err != nil {
-		return nil, errors.Join(err, b.nets[i].StartRing(0, base, b.tap.FD(i)))
+	k, err := b.hold(i, left)
+	if b.detached[i] = err == nil; err != nil {
+		return nil, errors.Join(err, b.nets[i].StartRing(0, q.Position(), b.tap.FD(i)))
 	}
-	b.detached[i] = true
 	return k, nil
 }
 
@@ -273,7 +277,7 @@ func (b *vhostBackend) Attach(i int, frames [][]byte, a *virtio.Activation) erro
 	}
 	r := newReceiver(port{b.tap, i, stop}, a, frames)
 	r.last = true
-	p := &replay{stop: stop, attached: make(chan bool, 1)}
+	p := &replay{receiver: r, stop: stop, attached: make(chan bool, 1)}
 	p.w = q.Go(a.Failed, func(w *virtio.Worker) {
 		r.run(w)
 		ok := len(r.frames) == 0
@@ -290,20 +294,22 @@ func (b *vhostBackend) Attach(i int, frames [][]byte, a *virtio.Activation) erro
 
 // replay gives the driver frames that were held, before vhost-net goes on.
 type replay struct {
+	receiver *receiver
 	w        *virtio.Worker
 	stop     *devices.EventFD
 	attached chan bool // holds one at the end: whether vhost-net goes on
 }
 
-// endReplay waits for one that is under way, or breaks it off.
-func (b *vhostBackend) endReplay(i int) {
+// endReplay breaks off one that is under way, and returns what the driver has not got.
+func (b *vhostBackend) endReplay(i int) [][]byte {
 	p := b.replays[i]
 	if p == nil {
-		return
+		return nil
 	}
 	b.replays[i] = nil
 	p.stop.Signal()
 	p.w.Stop()
 	b.detached[i] = !<-p.attached
 	_ = p.stop.Close()
+	return p.receiver.frames
 }

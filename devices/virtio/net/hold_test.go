@@ -106,6 +106,40 @@ func TestTakeHeld(t *testing.T) {
 	})
 }
 
+// Frames that the driver has no buffers for when they are held again come in the end, in order.
+func TestHoldAgain(t *testing.T) {
+	everywhere(t, 1, func(t *testing.T, dev virtio.Device) {
+		n := dev.(vectors).Net
+		d := virtiotest.NewDriver(t, dev, virtio.CoreFeatures|featureMergeRX)
+		host := taptest.NewSocket(t, "t0", taptest.EtherType, false)
+		rx := d.Rings[0]
+		for range 4 {
+			rx.Add(nil, 1526)
+		}
+		rx.Kick()
+		for range 3 {
+			if err := n.Hold(); err != nil {
+				t.Fatal(err)
+			}
+			number(host, 0, 20)
+			waitHeld(t, n, 20)
+			if _, err := n.Release(); err != nil {
+				t.Fatal(err)
+			}
+			expect(t, rx, 0, 3) // it is under way
+			if err := n.Hold(); err != nil {
+				t.Fatal(err)
+			}
+			number(host, 20, 30)
+			waitHeld(t, n, 10+20-3-4-3) // the driver has buffers for some more
+			if _, err := n.Release(); err != nil {
+				t.Fatal(err)
+			}
+			expect(t, rx, 3, 30)
+		}
+	})
+}
+
 // No more is held than there is room for.
 func TestHoldLimit(t *testing.T) {
 	n := tapDevice(t, Config{MAC: testMAC}, 1).(vectors)

@@ -34,6 +34,7 @@ type tapBackend struct {
 type pair struct {
 	rxStop, txStop *devices.EventFD // readable: end waiting for the TAP
 	rx, tx         *virtio.Worker   // rx is nil while the pair is detached
+	receiver       *receiver
 }
 
 // NewTAP returns a backend that needs nothing but the TAP, which it takes.
@@ -56,7 +57,7 @@ func (b *tapBackend) Start(i int, a *virtio.Activation) error {
 	}
 	rx := newReceiver(port{b.tap, i, rxStop}, a, nil)
 	tx := &transmitter{port: port{b.tap, i, txStop}, q: a.Queues[2*i+1]}
-	b.pairs[i] = pair{rxStop, txStop, rx.q.Go(a.Failed, rx.run), tx.q.Go(a.Failed, tx.run)}
+	b.pairs[i] = pair{rxStop, txStop, rx.q.Go(a.Failed, rx.run), tx.q.Go(a.Failed, tx.run), rx}
 	return nil
 }
 
@@ -133,7 +134,7 @@ type receiver struct {
 	q      *virtio.Queue
 	merge  bool // VIRTIO_NET_F_MRG_RXBUF: a frame may span chains
 	failed func(error)
-	frames [][]byte // that come before those of the TAP
+	frames [][]byte // that come before those of the TAP, and are not delivered
 	last   bool     // they are all
 
 	chains  []*virtio.Chain // taken and empty
@@ -172,6 +173,9 @@ func (r *receiver) run(w *virtio.Worker) {
 			if !r.deliver(w, n, direct) {
 				return
 			}
+			if len(r.frames) > 0 {
+				r.frames = r.frames[1:]
+			}
 			if burst++; burst%notifyEvery == 0 {
 				r.q.Notify()
 			}
@@ -192,10 +196,8 @@ func (r *receiver) read(direct *int) (n int, err error) {
 	if len(r.frames) == 0 {
 		return r.tap.Readv(r.queue, r.vec)
 	}
-	n = copy(r.spare, r.frames[0])
-	r.frames = r.frames[1:]
 	*direct = 0
-	return n, nil
+	return copy(r.spare, r.frames[0]), nil
 }
 
 // more says whether the driver can have put up further chains.
