@@ -134,6 +134,8 @@ func TestNIC(t *testing.T) {
 		there.Wait(ctx)
 		there = to
 	}
+	there.QMP.Do("quit", nil) // the NIC is its driver's again
+	there.Wait(ctx)
 }
 
 // TestToAndFro does it again and again.
