@@ -143,8 +143,8 @@ func (c *carrier) used(u pci.Use) {
 		c.toPrimary()
 	case u.Master || u.Enabled:
 		c.prime()
-		if u.Enabled {
-			c.holdFor(driverTime)
+		if u.Enabled { // what comes by the standby from now on Linux throws away
+			c.holdFor(virtionet.HoldTime)
 		}
 	case c.phase == taking:
 		c.toStandby()
