@@ -122,7 +122,7 @@ func (s *Source) precopy() error {
 		d := s.o.Policy(sample)
 		senders.remaining.Store(int64(sample.Remaining))
 		s.note(func(st *Stats) {
-			st.ExpectedDowntime, st.Bandwidth, st.Throttle = d.ExpectedDowntime, sample.Bandwidth, d.Throttle
+			st.ExpectedDowntime, st.Throttle = d.ExpectedDowntime, d.Throttle
 			st.RAM.DirtyRate = uint64(sample.DirtyRate / guestmem.PageSize)
 		})
 		s.log("round %d: %s in %s (%s/s), then %s dirty (%s/s, found in %s), stop would take %s: %s", n, size(float64(bytes)),

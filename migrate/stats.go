@@ -17,10 +17,9 @@ type Stats struct {
 
 	RAM RAMStats
 
-	Channels    int     // connections that carry RAM
-	Compression string  // "none", "zstd", "s2"
-	Throttle    int     // percent, now
-	Bandwidth   float64 // bytes of guest memory per second, as the last estimate has it
+	Channels    int    // connections that carry RAM
+	Compression string // "none", "zstd", "s2"
+	Throttle    int    // percent, now
 	TLS         bool
 }
 

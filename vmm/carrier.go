@@ -28,7 +28,8 @@ import (
 //	    │                                   the slot is empty, or time is up                                   │
 //	    └──────────────────────────────────────────────────────────────────────────────────────────────────────┘
 //
-//	taking     the VF has the MAC; copies go to the standby's side, and are held from MSI-X on
+//	taking     the VF has the MAC; copies go to the standby's side, and are held from MSI-X on,
+//	           for two seconds at most
 //	serving    the same: what the guest sends may be lost, such as answers to what comes by the VF;
 //	           for a second at most, and not with one CPU, which has enough to do
 //	onPrimary  what is held is sent to the VF; nothing goes to the standby's side
@@ -180,7 +181,8 @@ func (c *carrier) prime() {
 	c.do(steer.GiveMAC)
 }
 
-// How long frames are held at most for a guest that works at its primary's slot, and for its driver.
+// How long frames are held at most for a guest that works at its primary's slot, and for the rest
+// of its driver's probe once that serves the primary. Before that, it is [virtionet.HoldTime].
 const (
 	quietTime  = 300 * time.Millisecond
 	driverTime = time.Second
