@@ -19,8 +19,9 @@ type Backend interface {
 	// Start serves a pair, from where its queues stand; after an error it does not.
 	Start(pair int, a *virtio.Activation) error
 	// Stop ends that. When it returns, the queues stand where a later Start continues, and
-	// their memory is left alone; what comes from the host waits, as long as there is room.
-	Stop(pair int)
+	// their memory is left alone; what comes from the host waits, as long as there is room. It
+	// returns those frames of Attach that the driver has not got.
+	Stop(pair int) (left [][]byte)
 	// Detach ends receiving for a pair that is served, and returns who keeps what comes. Attach,
 	// once that has ended, continues, with frames before all others. A pair that is detached
 	// can be stopped.
@@ -154,14 +155,15 @@ func (b *vhostBackend) Start(pair int, a *virtio.Activation) error {
 	return nil
 }
 
-func (b *vhostBackend) Stop(pair int) {
-	b.endReplay(pair)
+func (b *vhostBackend) Stop(pair int) [][]byte {
+	left := b.endReplay(pair)
 	base, err := b.nets[pair].Stop()
 	for i, q := range b.queues[pair] {
 		if err == nil && (i > 0 || !b.detached[pair]) { // it does not fail on a device that was started
 			q.Seek(base[i])
 		}
 	}
+	return left
 }
 
 func (b *vhostBackend) SetLog(log *vhost.Log) error {

@@ -178,7 +178,28 @@ func (n *Net) TakeWaiting(limit int) (frames [][]byte, dropped int) {
 	if n.running > 0 {
 		return nil, 0
 	}
-	return n.backend.Take(limit)
+	for i, f := range n.waiting {
+		if limit -= len(f); limit < 0 {
+			dropped = len(n.waiting) - i
+			break
+		}
+		frames = append(frames, f)
+	}
+	n.waiting = nil
+	list, more := n.backend.Take(max(limit, 0))
+	return append(frames, list...), dropped + more
+}
+
+// giveWaiting gives the driver what it had not got when the device stopped, before what has come
+// since; mu is held.
+func (n *Net) giveWaiting() error {
+	k, err := n.backend.Detach(0)
+	if err != nil {
+		return err
+	}
+	frames := append(n.waiting, k.end()...)
+	n.waiting = nil
+	return n.backend.Attach(0, frames, n.act)
 }
 
 // Interface is the name of the host's end.
@@ -216,10 +237,10 @@ func (n *Net) release(frames func(*holder) [][]byte) error {
 	return errors.Join(errs...)
 }
 
-// stopHolding ends Hold where the device stops; what was held is lost. Mu is held.
+// stopHolding ends Hold where the device stops; what was held waits. Mu is held.
 func (n *Net) stopHolding() {
 	for _, k := range n.held {
-		k.end()
+		n.waiting = append(n.waiting, k.end()...)
 	}
 	n.held = nil
 }

@@ -205,6 +205,60 @@ func TestStopWhileHolding(t *testing.T) {
 	})
 }
 
+// What is held, or waits for buffers, when a device stops is there when it goes on, or for who
+// takes it.
+func TestWaiting(t *testing.T) {
+	everywhere(t, 1, func(t *testing.T, dev virtio.Device) {
+		n := dev.(vectors).Net
+		d := virtiotest.NewDriver(t, dev, virtio.CoreFeatures|featureMergeRX)
+		host := taptest.NewSocket(t, "t0", taptest.EtherType, false)
+		rx := d.Rings[0]
+		act := *n.act
+		hold := func() {
+			t.Helper()
+			if err := n.Hold(); err != nil {
+				t.Fatal(err)
+			}
+			number(host, 0, 10)
+			waitHeld(t, n, 10)
+		}
+		goOn := func() {
+			t.Helper()
+			n.Pause()
+			if err := n.Resume(act); err != nil {
+				t.Fatal(err)
+			}
+		}
+		hold()
+		goOn()
+		n.Pause() // no buffers have been put up
+		number(host, 10, 12)
+		if err := n.Resume(act); err != nil {
+			t.Fatal(err)
+		}
+		for range 16 {
+			rx.Add(nil, 1526)
+		}
+		rx.Kick()
+		expect(t, rx, 0, 12)
+		hold()
+		n.Pause()
+		number(host, 10, 12)
+		frames, dropped := n.TakeWaiting(1 << 20)
+		if len(frames) != 12 || dropped != 0 || !bytes.Equal(frames[11][12:], taptest.Frame(11, 100)) {
+			t.Errorf("%d frames, %d dropped", len(frames), dropped)
+		}
+		if err := n.Resume(act); err != nil {
+			t.Fatal(err)
+		}
+		hold()
+		n.Pause()
+		if frames, dropped := n.TakeWaiting(300); len(frames) != 2 || dropped != 8 {
+			t.Errorf("%d frames, %d dropped", len(frames), dropped)
+		}
+	})
+}
+
 // A frame that has waited for too long is of no use.
 func TestHoldTime(t *testing.T) {
 	k := &holder{}

@@ -113,6 +113,7 @@ type Net struct {
 	offloads uint64             // that the driver uses, in feature bits
 	running  int                // that the backend serves
 	held     []*holder          // of each of those, while frames are held
+	waiting  [][]byte           // for the driver once the device is served again
 	filter   RxFilter
 }
 
@@ -226,7 +227,7 @@ func (n *Net) Reset() {
 	n.pairs, n.offloads, n.announce = 1, 0, false
 	// A TAP that fails here is gone, which Activate will say.
 	_, _ = n.backend.SetPairs(1), n.backend.SetOffloads(0)
-	n.filter = RxFilter{MAC: n.cfg.MAC, Promiscuous: true}
+	n.filter, n.waiting = RxFilter{MAC: n.cfg.MAC, Promiscuous: true}, nil
 	n.setConfig()
 }
 
@@ -267,7 +268,7 @@ func (n *Net) serve() error {
 	}
 	for n.running > want {
 		n.running--
-		n.backend.Stop(n.running)
+		n.waiting = append(n.waiting, n.backend.Stop(n.running)...)
 	}
 	for ; n.running < want; n.running++ {
 		for _, q := range n.act.Queues[2*n.running:][:2] {
@@ -278,6 +279,9 @@ func (n *Net) serve() error {
 		if err := n.backend.Start(n.running, n.act); err != nil {
 			return err
 		}
+	}
+	if n.running > 0 && len(n.waiting) > 0 {
+		return n.giveWaiting()
 	}
 	return nil
 }
@@ -296,6 +300,7 @@ func (n *Net) SetLink(up bool) {
 		return
 	}
 	if up {
+		n.waiting = nil
 		n.backend.Take(0)
 	}
 	if err := n.serve(); err != nil {

@@ -59,7 +59,7 @@ func (f *fake) Detach(pair int) (*holder, error)           { return nil, f.do("d
 func (f *fake) Attach(pair int, _ [][]byte, _ *virtio.Activation) error {
 	return f.do("attach %d", pair)
 }
-func (f *fake) Stop(pair int)                     { _ = f.do("stop %d", pair) }
+func (f *fake) Stop(pair int) [][]byte            { _ = f.do("stop %d", pair); return nil }
 func (f *fake) SetPairs(n int) error              { return f.do("pairs %d", n) }
 func (f *fake) SetOffloads(features uint64) error { return f.do("offloads %#x", features) }
 func (f *fake) Send(frame []byte) error           { return f.do("send %x", frame) }

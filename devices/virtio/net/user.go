@@ -61,15 +61,17 @@ func (b *tapBackend) Start(i int, a *virtio.Activation) error {
 	return nil
 }
 
-func (b *tapBackend) Stop(i int) {
+func (b *tapBackend) Stop(i int) (left [][]byte) {
 	p := &b.pairs[i]
 	p.rxStop.Signal()
 	p.txStop.Signal()
 	if p.rx != nil {
 		p.rx.Stop()
+		left = p.receiver.frames
 	}
 	p.tx.Stop()
 	_, _ = p.rxStop.Close(), p.txStop.Close()
+	return left
 }
 
 func (b *tapBackend) Close() error { return b.tap.Close() }
