@@ -228,17 +228,31 @@ func (c *carrier) toPrimary() {
 	if by == "" {
 		by = c.steerer.Uplink()
 	}
-	sent := 0
-	if by != "" {
-		sent, err = steer.Send(by, frames)
-		c.warn(err)
-	}
+	outage := c.ended()
 	c.phase, c.limit = onPrimary, nil
-	c.say("plug", "primary", sent, held.Dropped+held.Frames-sent)
-	c.has()
 	if !c.looks {
 		c.settled()
 	}
+	go func() {
+		sent := 0
+		if by != "" {
+			sent, err = steer.SendPaced(by, frames, c.goesOn)
+		}
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.warn(err)
+		c.say("plug", "primary", outage, sent, held.Dropped+held.Frames-sent)
+		if c.phase == onPrimary {
+			c.has()
+		}
+	}()
+}
+
+// goesOn says whether the guest still takes frames from the primary that it has.
+func (c *carrier) goesOn() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.phase.fast()
 }
 
 // has tells the pair that the guest has the primary.
@@ -306,22 +320,27 @@ func (c *carrier) release() {
 	c.warn(err)
 	if c.limit = nil; c.phase == letting {
 		c.phase = onStandby
-		c.say("unplug", "standby", held.Frames, held.Dropped)
+		c.say("unplug", "standby", c.ended(), held.Frames, held.Dropped)
 	}
 }
 
-// say tells of a change of the way, which ends now.
-func (c *carrier) say(point, to string, held, dropped int) {
-	s := switched{c.primary, c.standby, point, to, 0, int64(held), int64(dropped)}
+// ended says how long the guest had neither way, which is over now.
+func (c *carrier) ended() (outage time.Duration) {
 	if !c.since.IsZero() {
-		s.Outage = time.Since(c.since).Microseconds()
+		outage = time.Since(c.since)
 	}
 	c.since = time.Time{}
+	return outage
+}
+
+// say tells of a change of the way.
+func (c *carrier) say(point, to string, outage time.Duration, held, dropped int) {
+	s := switched{c.primary, c.standby, point, to, outage.Microseconds(), int64(held), int64(dropped)}
 	if c.last = append(c.last, s); len(c.last) > lastSwitches {
 		c.last = c.last[1:]
 	}
 	c.m.log.Info("failover: frames go another way", "standby", c.standby, "primary", c.primary, "point", point, "to", to,
-		"outage", time.Duration(s.Outage)*time.Microsecond, "held", held, "dropped", dropped)
+		"outage", outage.Truncate(time.Microsecond), "held", held, "dropped", dropped)
 	c.m.events.Publish("FAILOVER_SWITCHED", s)
 }
 
@@ -440,7 +459,7 @@ func (c *carrier) resumed(stopped time.Duration) {
 	if stopped > 0 {
 		c.since = time.Now().Add(-stopped)
 	}
-	c.say("resume", "standby", 0, 0)
+	c.say("resume", "standby", c.ended(), 0, 0)
 }
 
 // late says what came for the guest where it was before, and is handed on only now.

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"baton/devices/tap"
 	"baton/tests/taptest"
@@ -204,5 +205,29 @@ func TestSend(t *testing.T) {
 	}
 	if _, err := Send("nosuch", [][]byte{frame}); err == nil {
 		t.Error("no error")
+	}
+}
+
+// A large segment counts as all that it becomes, and is followed by as much time.
+func TestSendPaced(t *testing.T) {
+	bridge(t)
+	plain := append(make([]byte, tap.HeaderSize), taptest.Frame(7, 80)...)
+	large := append(make([]byte, tap.HeaderSize), make([]byte, 45*1448)...)
+	large[1], large[4], large[5] = 1, 0xa8, 5 // VIRTIO_NET_HDR_GSO_TCPV4, 1448
+	if one, many := segments(plain), segments(large); one != 1 || many != 45 {
+		t.Errorf("%d and %d segments", one, many)
+	}
+	var frames [][]byte
+	for range 2*paceFrames + 1 {
+		frames = append(frames, plain)
+	}
+	asked := 0
+	start := time.Now()
+	sent, err := SendPaced("pf0", frames, func() bool { asked++; return true })
+	if took := time.Since(start); sent != len(frames) || err != nil || asked != 2 || took < 2*paceTime {
+		t.Errorf("%d frames, %v, asked %d times, %v", sent, err, asked, took)
+	}
+	if sent, err = SendPaced("pf0", frames, func() bool { return false }); sent != paceFrames || err != nil {
+		t.Errorf("%d frames before it was broken off, %v", sent, err)
 	}
 }
