@@ -112,11 +112,29 @@ func (m *Machine) awaitMigration(a wire.Address) error {
 	if err != nil {
 		return err
 	}
+	if err := m.rehearse(); err != nil {
+		return err
+	}
 	if err := t.Listen(); err != nil {
 		return err
 	}
 	m.migration.target = t
 	m.runMigration(t)
+	return nil
+}
+
+// rehearse saves and loads the state of a machine that waits for a guest. Nothing changes by it,
+// but what is done for the first time takes long, and would again in the stop.
+func (m *Machine) rehearse() error {
+	for _, s := range m.staters() {
+		data, err := s.SaveState()
+		if err == nil {
+			err = s.LoadState(s.StateInfo().Version, data)
+		}
+		if err != nil {
+			return fmt.Errorf("the machine's own state before a migration: %w", err)
+		}
+	}
 	return nil
 }
 
