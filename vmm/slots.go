@@ -248,8 +248,10 @@ func (m *Machine) expectUnplug(d *device, u *unplugging, deadline time.Duration)
 				m.expectUnplug(d, u, deadline)
 			default:
 				err := m.slotError(d, fmt.Sprintf("the guest did not let go of it within %v", deadline))
-				slot.Withdraw()
 				d.finishUnplug(err)
+				if d.unplug == nil { // nobody has asked again
+					slot.Withdraw()
+				}
 			}
 		})
 	})
