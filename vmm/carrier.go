@@ -31,7 +31,7 @@ import (
 //	taking     the VF has the MAC; copies go to the standby's side, and are held from MSI-X on,
 //	           for two seconds at most
 //	serving    the same: what the guest sends may be lost, such as answers to what comes by the VF;
-//	           for a second at most, and not with one CPU, which has enough to do
+//	           for a second at most
 //	onPrimary  what is held is sent to the VF; nothing goes to the standby's side
 //	asked      copies go there, and are held; when the guest begins, and at a pull, what is held
 //	           is forgotten but for what may be in the primary's ring
@@ -136,7 +136,7 @@ func (c *carrier) used(u pci.Use) {
 		c.lettingGo()
 	case fast:
 		c.since = time.Time{} // it goes on
-	case u.Unmasked && c.looks && c.m.cfg.SMP > 1: // one CPU does not begin to use it meanwhile
+	case u.Unmasked && c.looks:
 		c.prime()
 		c.phase = serving
 		c.holdFor(driverTime)
@@ -287,11 +287,7 @@ const settleTime = 300 * time.Millisecond
 // it has no carrier, forgets so that it has just had one, and looks again when its mailbox
 // interrupts, or in two seconds. To be interrupted for nothing is nothing to a driver.
 func (c *carrier) settled() {
-	wait := settleTime
-	if c.m.cfg.SMP == 1 {
-		wait = 0
-	}
-	time.AfterFunc(wait, func() {
+	time.AfterFunc(settleTime, func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		if c.phase == onPrimary {

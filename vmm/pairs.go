@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -12,6 +13,8 @@ import (
 	"baton/devices/pci"
 	virtionet "baton/devices/virtio/net"
 	"baton/vmm/failover"
+
+	"golang.org/x/sys/unix"
 )
 
 // failoverPair is a standby, a virtio-net-pci with failover=on, and its primary, either of
@@ -267,8 +270,12 @@ func (p *failoverPair) reserve(done func(error)) {
 	ctx, cancel := context.WithCancel(context.Background())
 	o := &opening{cancel, []func(error){done}}
 	p.opening = o
-	primary := p.primary
+	primary, early := p.primary, p.m.State() == StateInMigrate
 	p.m.closing.Go(func() {
+		if early { // RAM is cleared and pinned, for a guest that is not here yet: others of this host go first
+			runtime.LockOSThread() // the thread ends with this
+			_ = unix.Setpriority(unix.PRIO_PROCESS, 0, 10)
+		}
 		f, err := p.m.reserve(ctx, primary)
 		p.m.post(func() {
 			cancel()

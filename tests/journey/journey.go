@@ -270,6 +270,7 @@ type Trip struct {
 	TCP            harness.EchoResult
 	Query          json.RawMessage // the source's query-migrate
 	Guest          string          // what the guest's kernel has thrown away
+	TAPs           uint64          // frames for which these had no room
 }
 
 // Phase is the length of a phase in seconds, -1 if it did not take place.
@@ -339,11 +340,22 @@ func (l *Load) Stop(ctx context.Context, m *Machine, t *Trip) {
 // since it started, those that came by the standby while it had a primary (rx_nohandler).
 const guestDrops = "cd /sys/class/net; for f in eth2/statistics/tx_dropped eth1/statistics/rx_nohandler; do [ ! -e $f ] || echo $f $(cat $f); done"
 
+// tapDrops is how many frames the TAPs have had no room for.
+func (w *World) tapDrops() (n uint64) {
+	for _, h := range w.Hosts {
+		if l, err := netlink.LinkByName(h.TAP); err == nil {
+			n += l.Attrs().Statistics.TxDropped
+		}
+	}
+	return n
+}
+
 // Travel moves the guest of from to to, which waits for it, and waits until it has its primary
 // there. A migration that does not complete is no error.
 func (w *World) Travel(ctx context.Context, way Way, from, to *Machine) *Trip {
 	w.T.Helper()
 	t := &Trip{Way: way.Name}
+	full := w.tapDrops()
 	load := w.Load(ctx, from)
 	if way.Script {
 		go func() {
@@ -376,6 +388,7 @@ func (w *World) Travel(ctx context.Context, way Way, from, to *Machine) *Trip {
 	}
 	load.Stop(ctx, here, t)
 	t.Guest = strings.Join(strings.Fields(here.Sh(ctx, guestDrops)), " ")
+	t.TAPs = w.tapDrops() - full
 	t.Source, t.Target = from.Log.Events(), to.Log.Events()
 	t.Phases = timeline.Phases(t.Source, t.Target)
 	return t
@@ -396,8 +409,8 @@ func (t *Trip) String() string {
 			phases = append(phases, fmt.Sprintf("%v to the %v at %.2f s: %.0f ms, %v held, %v dropped", e.Data["point"], e.Data["to"], e.Time-begin, number(e.Data["outage-us"])/1000, e.Data["held"], e.Data["dropped"]))
 		}
 	}
-	return fmt.Sprintf("%s: %s; %s; primary after %.0f ms;\nping %v%s;\nto the guest %+v; from the guest %+v; TCP %+v; dropped by the guest: %s",
-		t.Way, t.Status, strings.Join(phases, ", "), 1000*t.Plugged, t.Pings, t.lost(begin), t.In, t.Out, t.TCP, t.Guest)
+	return fmt.Sprintf("%s: %s; %s; primary after %.0f ms;\nping %v%s;\nto the guest %+v; from the guest %+v; TCP %+v; dropped by the TAPs: %d, by the guest: %s",
+		t.Way, t.Status, strings.Join(phases, ", "), 1000*t.Plugged, t.Pings, t.lost(begin), t.In, t.Out, t.TCP, t.TAPs, t.Guest)
 }
 
 func number(v any) float64 { f, _ := v.(float64); return f }
