@@ -160,6 +160,19 @@ func DecodeState(info StateInfo, version uint16, data []byte, v any, subs map[st
 	return nil
 }
 
+// DecodeArray is UnmarshalCBOR for an array, which takes as many elements as it has: the decoder
+// would leave out what is too much, and zero what is missing.
+func DecodeArray[T any](data []byte, array []T) error {
+	var list []T
+	if err := stateDecoding.Unmarshal(data, &list); err != nil {
+		return err
+	}
+	if copy(array, list); len(list) != len(array) {
+		return fmt.Errorf("%d elements, not %d", len(list), len(array))
+	}
+	return nil
+}
+
 // decodeError names the field that CBOR's decoder stumbled over.
 func decodeError(info StateInfo, field string, v any, err error) error {
 	var typ *cbor.UnmarshalTypeError

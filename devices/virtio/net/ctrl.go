@@ -43,11 +43,13 @@ type RxFilter struct {
 	Multicast         []MAC `cbor:"13,keyasint,omitempty"`
 	UnicastOverflow   bool  `cbor:"14,keyasint"`
 	MulticastOverflow bool  `cbor:"15,keyasint"`
-	// VLANFilter says that only frames without a tag and of VLANs are wanted: bit v%64 of
-	// word v/64 is VLAN v.
-	VLANFilter bool                       `cbor:"16,keyasint"`
-	VLANs      [(maxVLAN + 1) / 64]uint64 `cbor:"17,keyasint"`
+	// VLANFilter says that only frames without a tag and of VLANs are wanted.
+	VLANFilter bool  `cbor:"16,keyasint"`
+	VLANs      VLANs `cbor:"17,keyasint"`
 }
+
+// VLANs is a set of VLANs: bit v%64 of word v/64 is VLAN v.
+type VLANs [(maxVLAN + 1) / 64]uint64
 
 // RxFilter returns the filter as the driver last set it; the lists are not to be changed.
 func (n *Net) RxFilter() RxFilter {

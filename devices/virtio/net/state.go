@@ -19,6 +19,12 @@ type state struct {
 	Speed    uint32 `cbor:"20,keyasint"`
 }
 
+// UnmarshalCBOR takes six bytes.
+func (m *MAC) UnmarshalCBOR(data []byte) error { return devices.DecodeArray(data, m[:]) }
+
+// UnmarshalCBOR takes all VLANs.
+func (v *VLANs) UnmarshalCBOR(data []byte) error { return devices.DecodeArray(data, v[:]) }
+
 // SetLog has what the kernel writes to guest memory for this device logged; nil ends it. It may
 // be called at any time.
 func (n *Net) SetLog(log *vhost.Log) error {

@@ -145,6 +145,22 @@ func TestStateErrors(t *testing.T) {
 			t.Errorf("%s: %v", field, err)
 		}
 	}
+	for want, bad := range map[string]any{
+		"4 elements, not 6": struct {
+			MAC []byte `cbor:"1,keyasint"`
+		}{testMAC[:4]},
+		"65 elements, not 64": struct {
+			VLANs []uint64 `cbor:"17,keyasint"`
+		}{make([]uint64, 65)},
+	} {
+		data, err := devices.EncodeState(bad)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := n.LoadState(info, 1, data); err == nil || !strings.HasSuffix(err.Error(), want) {
+			t.Errorf("%s: %v", want, err)
+		}
+	}
 }
 
 func FuzzState(f *testing.F) {
