@@ -127,7 +127,8 @@ func TestDeaf(t *testing.T) {
 		}
 		v.q.Do("device_del", map[string]any{"id": "disk0", "deadline": 1500})
 		data := v.end("DEVICE_UNPLUG_GUEST_ERROR")
-		if data.Device != "disk0" || data.Bus != "r1" || !strings.Contains(data.Reason, "within 1.5s") || data.Slot != "requested" {
+		asked := map[string]string{acpi: "busy", native: "requested"}[s.machine] // ACPI's methods take the event, and find no driver
+		if data.Device != "disk0" || data.Bus != "r1" || !strings.Contains(data.Reason, "within 1.5s") || data.Slot != asked {
 			t.Errorf("DEVICE_UNPLUG_GUEST_ERROR %+v", data)
 		}
 		v.sh("dd if=/dev/vda of=/dev/null bs=64k count=16")
