@@ -203,35 +203,39 @@ func (c *carrier) plugged() {
 func (c *carrier) holdFor(limit time.Duration) {
 	c.begun()
 	c.warn(c.net.Hold())
-	var t *time.Timer
-	t = time.AfterFunc(limit, func() {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		if c.limit != t {
-			return
-		}
+	c.until(limit, func() {
 		if c.phase == serving {
 			c.toPrimary()
 		} else if c.release(); c.phase == onStandby {
 			c.since = time.Time{}
 		}
 	})
-	c.limit = t
 }
 
 // toPrimary is for a primary whose driver serves it, and has been probed.
 func (c *carrier) toPrimary() {
+	outage := c.ended()
+	c.phase = onPrimary
+	if !c.looks {
+		c.settled()
+	}
+	c.handOver(func(handed, dropped int) {
+		c.say("plug", "primary", outage, handed, dropped)
+		if c.phase == onPrimary {
+			c.has()
+		}
+	})
+}
+
+// handOver sends what is held to the primary, and then says what became of it.
+func (c *carrier) handOver(done func(handed, dropped int)) {
+	c.limit = nil
 	c.do(steer.Primary)
 	frames, held, err := c.net.TakeHeld()
 	c.warn(err)
 	by := c.vf.PF
 	if by == "" {
 		by = c.steerer.Uplink()
-	}
-	outage := c.ended()
-	c.phase, c.limit = onPrimary, nil
-	if !c.looks {
-		c.settled()
 	}
 	go func() {
 		sent := 0
@@ -241,10 +245,7 @@ func (c *carrier) toPrimary() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		c.warn(err)
-		c.say("plug", "primary", outage, sent, held.Dropped+held.Frames-sent)
-		if c.phase == onPrimary {
-			c.has()
-		}
+		done(sent, held.Dropped+held.Frames-sent)
 	}()
 }
 
@@ -278,22 +279,43 @@ func (c *carrier) present() {
 }
 
 // settleTime is what a guest is given to do what its driver's probe has left: Linux deactivates
-// the queue of a primary without a carrier, which waits for all other CPUs, and throws away until
-// it has activated it again what it sends by one that has a carrier by then.
-const settleTime = 300 * time.Millisecond
+// the queue of a primary without a carrier, which waits for all other CPUs. KickTime is what it is
+// given to activate the queue of one that has a carrier: until then it throws away what it sends by that.
+const (
+	settleTime = 300 * time.Millisecond
+	kickTime   = 400 * time.Millisecond
+)
 
 // settled raises the vectors of a primary whose driver has been probed. Linux registers a NIC, and
 // with it begins to use a primary, while the probe goes on: igbvf says only at the end of that that
 // it has no carrier, forgets so that it has just had one, and looks again when its mailbox
-// interrupts, or in two seconds. To be interrupted for nothing is nothing to a driver.
+// interrupts, or in two seconds. To be interrupted for nothing is nothing to a driver. What comes
+// meanwhile comes to it once more.
 func (c *carrier) settled() {
 	time.AfterFunc(settleTime, func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		if c.phase == onPrimary {
-			c.kick()
+		if c.phase != onPrimary {
+			return
+		}
+		c.do(steer.Both)
+		c.warn(c.net.Hold())
+		c.kick()
+		c.until(kickTime, func() { c.handOver(func(int, int) {}) })
+	})
+}
+
+// until has f done after so long, unless something else has ended what is held.
+func (c *carrier) until(limit time.Duration, f func()) {
+	var t *time.Timer
+	t = time.AfterFunc(limit, func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.limit == t {
+			f()
 		}
 	})
+	c.limit = t
 }
 
 // toStandby is for a primary whose driver has let go of it. A guest that has been asked to has
