@@ -171,7 +171,11 @@ func (m *Machine) deviceDel(a deviceDelArgs) error {
 		case err == nil:
 			m.deleteDevice(d)
 		default:
-			m.events.Publish("DEVICE_UNPLUG_GUEST_ERROR", unplugError{d.ID, d.path(), firstLine(err), d.Bus, m.slotOf(d.Device).State().String()})
+			state := m.slotOf(d.Device).State()
+			if e, ok := err.(slotError); ok {
+				state = e.state
+			}
+			m.events.Publish("DEVICE_UNPLUG_GUEST_ERROR", unplugError{d.ID, d.path(), firstLine(err), d.Bus, state.String()})
 		}
 	})
 	if err == nil && d.unplug != nil {

@@ -105,9 +105,15 @@ func (m *Machine) acpiPorts() (ports []acpi.RootPort) {
 	return ports
 }
 
-// slotError is why a device is still there.
+// slotError is why a device is still there, with what its slot was then.
+type slotError struct {
+	error
+	state pci.SlotState
+}
+
 func (m *Machine) slotError(d *device, why string) error {
-	return fmt.Errorf("unplug %s: %s\nthe slot of %s is %s", d.Device, why, d.Bus, m.slotOf(d.Device).State())
+	state := m.slotOf(d.Device).State()
+	return slotError{fmt.Errorf("unplug %s: %s\nthe slot of %s is %s", d.Device, why, d.Bus, state), state}
 }
 
 // freePort is the first root port whose slot takes a device.
@@ -248,10 +254,8 @@ func (m *Machine) expectUnplug(d *device, u *unplugging, deadline time.Duration)
 				m.expectUnplug(d, u, deadline)
 			default:
 				err := m.slotError(d, fmt.Sprintf("the guest did not let go of it within %v", deadline))
+				slot.Withdraw()
 				d.finishUnplug(err)
-				if d.unplug == nil { // nobody has asked again
-					slot.Withdraw()
-				}
 			}
 		})
 	})

@@ -106,7 +106,7 @@ func TestDeviceDelFails(t *testing.T) {
 
 	s.execute("device_del", map[string]any{"id": "nic0", "deadline": 1})
 	got := s.event("DEVICE_UNPLUG_GUEST_ERROR", "")
-	if want := `{"device":"nic0","path":"/machine/peripheral/nic0","reason":"unplug virtio-net-pci nic0: the guest did not let go of it within 1ms","bus":"root0","slot-state":"present"}`; got != want {
+	if want := `{"device":"nic0","path":"/machine/peripheral/nic0","reason":"unplug virtio-net-pci nic0: the guest did not let go of it within 1ms","bus":"root0","slot-state":"requested"}`; got != want {
 		t.Errorf("%s\nwant %s", got, want)
 	}
 	s.wantSlotEvent(0) // withdrawn
