@@ -32,7 +32,8 @@ import (
 //	           for two seconds at most
 //	serving    the same: what the guest sends may be lost, such as answers to what comes by the VF;
 //	           for a second at most
-//	onPrimary  what is held is sent to the VF; nothing goes to the standby's side
+//	onPrimary  what is held is sent to the VF; nothing goes to the standby's side, but for copies
+//	           while Linux activates the VF's queue, which are sent to the VF as well: see settled
 //	asked      copies go there, and are held; when the guest begins, and at a pull, what is held
 //	           is forgotten but for what may be in the primary's ring
 //	letting    nothing goes to the VF
