@@ -74,6 +74,7 @@ func measureMigration(t testing.TB, c contender, peer *harness.Peer, name string
 		q.Do("migrate-set-parameters", parameters)
 		return g, q
 	}
+	scrub(t)
 	source, from := start("source", tapName)
 	ctx := harness.Context(t, 3*time.Minute)
 	source.Output(ctx, "@addr", guestMAC, guestAddr+"/24")

@@ -6,9 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"iter"
-	"net"
+	"net/netip"
+	"os"
 	"sync"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -17,7 +17,6 @@ import (
 // Datagrams is a stream of numbered datagrams to somebody who does the same, and what became
 // of the other one's.
 type Datagrams struct {
-	conn  *net.UDPConn
 	stop  chan struct{}
 	comes chan struct{} // closed at the first that came
 	done  sync.WaitGroup
@@ -33,8 +32,12 @@ type Datagrams struct {
 	buckets []int // datagrams that came, by rateStep since begin
 }
 
-// rateStep is the time over which Rate counts.
-const rateStep = 20 * time.Millisecond
+const (
+	beat = 10 * time.Millisecond
+	// rateStep is the time over which Rate counts.
+	rateStep = 20 * time.Millisecond
+	size     = 64 // of a datagram, in bytes
+)
 
 // Wait waits until datagrams come.
 func (d *Datagrams) Wait(ctx context.Context) error {
@@ -70,40 +73,55 @@ type DatagramResult struct {
 	GapMicros int64  `json:"gap_us"` // the longest between two that came
 }
 
-// StartDatagrams sends so many a second from the local address to the other.
+// StartDatagrams sends so many a second from the local address to the other, both of IPv4.
 func StartDatagrams(local, to string, rate int) (*Datagrams, error) {
-	from, err := net.ResolveUDPAddr("udp", local)
+	from, err := address(local)
 	if err != nil {
 		return nil, err
 	}
-	dest, err := net.ResolveUDPAddr("udp", to)
+	dest, err := address(to)
 	if err != nil {
 		return nil, err
 	}
-	conn, err := net.ListenUDP("udp", from)
+	fd, err := Socket(unix.SOCK_DGRAM, 0)
 	if err != nil {
 		return nil, err
 	}
-	if err := Roomy(conn); err != nil {
-		conn.Close()
-		return nil, err
+	if err := errors.Join(os.NewSyscallError("bind", unix.Bind(fd, from)), set(fd, unix.SOL_UDP, unix.UDP_GRO, 1), set(fd, unix.SOL_SOCKET, unix.SO_TIMESTAMPNS, 1)); err != nil {
+		unix.Close(fd)
+		return nil, fmt.Errorf("datagrams from %s: %w", local, err)
 	}
-	d := &Datagrams{conn: conn, stop: make(chan struct{}), comes: make(chan struct{}), seen: map[uint64]int{}}
-	d.done.Go(func() { d.send(dest, rate) })
-	d.done.Go(d.receive)
+	d := &Datagrams{stop: make(chan struct{}), comes: make(chan struct{}), seen: map[uint64]int{}}
+	d.done.Go(func() {
+		defer unix.Close(fd)
+		d.run(fd, dest, rate)
+	})
 	return d, nil
 }
 
-func (d *Datagrams) send(to *net.UDPAddr, rate int) {
-	ticks := time.NewTicker(time.Millisecond)
+func address(s string) (*unix.SockaddrInet4, error) {
+	a, err := netip.ParseAddrPort(s)
+	if err == nil && !a.Addr().Is4() {
+		err = errors.New("not IPv4")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("address %s: %w", s, err)
+	}
+	return &unix.SockaddrInet4{Port: int(a.Port()), Addr: a.Addr().As4()}, nil
+}
+
+// run sends what is due at each beat, and takes what has come since the last one; the kernel says when. To
+// wake up for each datagram would keep a slow guest busier than they do.
+func (d *Datagrams) run(fd int, to unix.Sockaddr, rate int) {
+	ticks := time.NewTicker(beat)
 	defer ticks.Stop()
 	last, due := time.Now(), 0.0
-	packet := make([]byte, 64)
+	packet, buf, control := make([]byte, size), make([]byte, 64<<10), make([]byte, 256)
 	for {
 		select {
 		case now := <-ticks.C:
 			// A guest that stood still does not catch up.
-			due += min(now.Sub(last).Seconds(), 0.02) * float64(rate)
+			due += min(now.Sub(last), 2*beat).Seconds() * float64(rate)
 			last = now
 		case <-d.stop:
 			return
@@ -113,25 +131,30 @@ func (d *Datagrams) send(to *net.UDPAddr, rate int) {
 			binary.BigEndian.PutUint64(packet, d.sent)
 			d.sent++
 			d.mu.Unlock()
-			_, _ = d.conn.WriteToUDP(packet, to) // nobody may be there
+			_ = unix.Sendto(fd, packet, 0, to) // nobody may be there
+		}
+		for {
+			n, m, _, _, err := unix.Recvmsg(fd, buf, control, 0)
+			if err != nil { // there is no more
+				break
+			}
+			at := came(control[:m])
+			for b := buf[:n]; len(b) >= size; b = b[size:] { // several may come as one
+				d.take(binary.BigEndian.Uint64(b), at)
+			}
 		}
 	}
 }
 
-func (d *Datagrams) receive() {
-	buf := make([]byte, 128)
-	for {
-		n, _, err := d.conn.ReadFromUDP(buf)
-		now := time.Now()
-		select {
-		case <-d.stop:
-			return
-		default:
-		}
-		if err == nil && n >= 8 {
-			d.take(binary.BigEndian.Uint64(buf), now)
+// came is when the kernel had what came with this control message.
+func came(control []byte) time.Time {
+	messages, _ := unix.ParseSocketControlMessage(control)
+	for _, m := range messages {
+		if m.Header.Level == unix.SOL_SOCKET && m.Header.Type == unix.SO_TIMESTAMPNS && len(m.Data) >= 16 {
+			return time.Unix(int64(binary.NativeEndian.Uint64(m.Data)), int64(binary.NativeEndian.Uint64(m.Data[8:])))
 		}
 	}
+	return time.Now()
 }
 
 func (d *Datagrams) take(number uint64, now time.Time) {
@@ -142,10 +165,11 @@ func (d *Datagrams) take(number uint64, now time.Time) {
 		d.first, d.highest, d.last, d.begin = number, number, now, now
 		close(d.comes)
 	}
-	for i := int(now.Sub(d.begin) / rateStep); len(d.buckets) <= i; {
+	i := int(max(now.Sub(d.begin), 0) / rateStep) // clocks can be set
+	for len(d.buckets) <= i {
 		d.buckets = append(d.buckets, 0)
 	}
-	d.buckets[now.Sub(d.begin)/rateStep]++
+	d.buckets[i]++
 	d.seen[number]++
 	r.Received++
 	switch {
@@ -174,20 +198,24 @@ func (d *Datagrams) Result() DatagramResult {
 // Stop ends it.
 func (d *Datagrams) Stop() DatagramResult {
 	close(d.stop)
-	d.conn.Close()
 	d.done.Wait()
 	return d.Result()
 }
 
-// Roomy has a socket keep what comes while nobody has time to read it: some MiB, as root may.
-func Roomy(conn syscall.Conn) error {
-	raw, err := conn.SyscallConn()
+// Socket makes one of IPv4 that does not block and keeps what comes while nobody has time to read it: some MiB,
+// as root may. Go's poller does not know of it, and so is not woken up by all that comes.
+func Socket(kind, protocol int) (fd int, err error) {
+	fd, err = unix.Socket(unix.AF_INET, kind|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, protocol)
 	if err != nil {
-		return err
+		return -1, os.NewSyscallError("socket", err)
 	}
-	cerr := raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 8<<20) })
-	if err == unix.EPERM { // a test that is not root's
-		err = nil
+	if err := set(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 8<<20); err != nil && !errors.Is(err, unix.EPERM) { // a test that is not root's
+		unix.Close(fd)
+		return -1, err
 	}
-	return errors.Join(cerr, err)
+	return fd, nil
+}
+
+func set(fd, level, option, value int) error {
+	return os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, level, option, value))
 }
