@@ -83,6 +83,9 @@ func (t *Target) check(in *incoming) error {
 		bad("%d channels: more than are possible here", h.Channels)
 	}
 	for _, f := range h.Features {
+		if f == wire.FeatureDigest {
+			continue
+		}
 		bad("feature %s is not known to the target", f)
 	}
 	if h.OneWay != in.stream.OneWay {

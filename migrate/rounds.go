@@ -41,6 +41,9 @@ func newSenders(m *guestmem.Memory, p Params, conns []*wire.Conn) (*senders, err
 			if s.batch[i][j], err = wire.NewBatch(m, c, int(p.MultifdZstdLevel), p.ZeroPageDetection != "none"); err != nil {
 				return nil, err
 			}
+			if wire.SlowCRC() {
+				s.batch[i][j].Digest()
+			}
 		}
 	}
 	for _, r := range m.Regions() {

@@ -184,6 +184,7 @@ var update = flag.Bool("update", false, "write the golden stream anew")
 // same today.
 func TestGolden(t *testing.T) {
 	const golden = "testdata/stream-v1"
+	slowCRC(t, false)
 	w := &world{t: t}
 	make := func() *machine {
 		from := newMachine(t, w, "the source")
@@ -228,6 +229,40 @@ func TestGolden(t *testing.T) {
 	if !bytes.Equal(got, want) {
 		t.Errorf("the stream that is written has changed: if older versions still load it, add a golden file; go test -update writes it")
 	}
+}
+
+// slowCRC has the CPU be one where the instruction for it is slow, or not.
+func slowCRC(t *testing.T, slow bool) {
+	before := wire.SlowCRC
+	wire.SlowCRC = func() bool { return slow }
+	t.Cleanup(func() { wire.SlowCRC = before })
+}
+
+// TestDigest: where CRCs are slow the stream says that it has digests, and is loaded on any CPU.
+func TestDigest(t *testing.T) {
+	slowCRC(t, true)
+	w := &world{t: t}
+	from := newMachine(t, w, "the source")
+	w.lock = from
+	from.step()
+	file := filepath.Join(t.TempDir(), "stream")
+	s, err := NewSource(from, options(t, "file:"+file))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Run(); err != nil {
+		t.Fatal(err)
+	}
+	slowCRC(t, false)
+	text, err := os.ReadFile(file)
+	if err != nil || !bytes.Contains(text, []byte(wire.FeatureDigest)) {
+		t.Errorf("%d bytes, without %q: %v", len(text), wire.FeatureDigest, err)
+	}
+	to := newMachine(t, w, "the target")
+	if err := restoreStopped(to, options(t, "file:"+file)); err != nil {
+		t.Fatal(err)
+	}
+	to.check()
 }
 
 func restoreStopped(m *machine, o Options) error {

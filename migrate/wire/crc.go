@@ -2,28 +2,26 @@ package wire
 
 import (
 	"hash/crc32"
+	"math/bits"
 	"sync"
 	"time"
 )
 
 // updateCRC is crc32.Update with Castagnoli's polynomial, by the CPU's instruction or, where that
-// is slow, by others: an emulated CPU, as in a nested host, takes 100 times as long for the
-// instruction as a real one. Carry-less multiplication is no way out there: QEMU does it by SSE
-// instructions between AVX ones, to which some CPUs take 20 times as long as well.
+// is slow, by tables.
 func updateCRC(crc uint32, p []byte) uint32 {
-	switch {
-	case !slowInstruction():
-		return byInstruction(crc, p)
-	case len(p) < 2*pageSize: // a part of the rest would be as long
+	if SlowCRC() {
 		return byTables(crc, p)
 	}
-	return byFolding(crc, p)
+	return byInstruction(crc, p)
 }
 
 func byInstruction(crc uint32, p []byte) uint32 { return crc32.Update(crc, castagnoli, p) }
 
-// slowInstruction says whether a byte takes longer than a nanosecond.
-var slowInstruction = sync.OnceValue(func() bool {
+// SlowCRC says whether a byte takes the CPU's instruction longer than a nanosecond: an emulated CPU, as in a
+// nested host, takes 100 times as long as a real one. Carry-less multiplication is no way out there: QEMU does it by
+// SSE instructions between AVX ones, to which some CPUs take 20 times as long as well.
+var SlowCRC = sync.OnceValue(func() bool {
 	p := make([]byte, 8<<10)
 	best := time.Hour
 	for range 4 {
@@ -65,38 +63,32 @@ func byTables(crc uint32, p []byte) uint32 {
 	return ^crc
 }
 
-// folds is the degree of a multiple of the polynomial with few terms, x^209 + x^144 + x^54 + x^39 +
-// x^14 + 1. Squared six times, it says the same of words of 64 bits: one is worth as much as itself added
-// to those that come 65, 155, 170, 195 and 209 words later.
-const folds = 209
+// A digest stands for pages where a CRC of all of them would take longer than to send them. A step is
+// a bijection of its lane: no single word can change unnoticed, others with a chance of 1 in 2^64.
+type digest [8]uint64
 
-// byFolding moves what all words but the last 209 are worth to those, for which five loads a word do,
-// and takes these by tables. P has a word at least.
-func byFolding(crc uint32, p []byte) uint32 {
-	var v [folds + 512]uint64 // words, and what has been moved to them
-	v[0] = uint64(^crc)       // is moved to the first word, and to no other
-	n := 0
-	for words := len(p) / 8; words > 0; words -= n {
-		copy(v[:folds], v[n:])
-		n = min(words, len(v)-folds)
-		in, out := asWords(p)[:n], v[folds:][:n]
-		a, b, c, d, e := v[folds-65:][:n], v[folds-155:][:n], v[folds-170:][:n], v[folds-195:][:n], v[:n]
-		for i := range out {
-			out[i] = in[i] ^ a[i] ^ b[i] ^ c[i] ^ d[i] ^ e[i]
-		}
-		p = p[n*8:]
+// add goes on with whole pages.
+func (d *digest) add(p []byte) {
+	const odd = 0x9e3779b97f4a7c15 // 2^64 over the golden ratio: many bits, in no pattern
+	a, b, c, e, f, g, h, i := d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7]
+	for w := asWords(p); len(w) >= len(d); w = w[len(d):] {
+		a = bits.RotateLeft64(a^w[0], 29) * odd
+		b = bits.RotateLeft64(b^w[1], 29) * odd
+		c = bits.RotateLeft64(c^w[2], 29) * odd
+		e = bits.RotateLeft64(e^w[3], 29) * odd
+		f = bits.RotateLeft64(f^w[4], 29) * odd
+		g = bits.RotateLeft64(g^w[5], 29) * odd
+		h = bits.RotateLeft64(h^w[6], 29) * odd
+		i = bits.RotateLeft64(i^w[7], 29) * odd
 	}
-	last := v[n:][:folds]
-	rest := [folds]uint64(last)
-	for _, d := range [...]int{65, 155, 170, 195} { // what came from the last themselves stays there
-		from, to := last[:folds-d], rest[d:]
-		for i := range from {
-			to[i] ^= from[i]
-		}
+	*d = digest{a, b, c, e, f, g, h, i}
+}
+
+// update goes on with a CRC by the digest.
+func (d *digest) update(crc uint32) uint32 {
+	var b [len(d) * 8]byte
+	for i, w := range d {
+		le.PutUint64(b[i*8:], w)
 	}
-	var bytes [folds * 8]byte
-	for i, w := range rest {
-		le.PutUint64(bytes[i*8:], w)
-	}
-	return byTables(byTables(^uint32(0), bytes[:]), p)
+	return updateCRC(crc, b[:])
 }

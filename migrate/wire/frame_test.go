@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/klauspost/compress/s2"
 	"golang.org/x/sys/unix"
 
 	"baton/kvm/guestmem"
@@ -131,7 +132,7 @@ func TestPages(t *testing.T) {
 					t.Fatal(err)
 				}
 				to := fresh(t, from)
-				// Twice: the second time other pages are zero.
+				// Twice: the second time other pages are zero, and a digest is sent.
 				for range 2 {
 					c := NewConn(new(buffer))
 					normal, zero := sendAll(t, c, from, b)
@@ -148,6 +149,7 @@ func TestPages(t *testing.T) {
 							clear(r.Host[off : off+pageSize])
 						}
 					}
+					b.Digest()
 				}
 			})
 		}
@@ -195,27 +197,29 @@ func TestHostilePages(t *testing.T) {
 		many[i] = [3]uint64{0, 1, kindZero}
 	}
 	for name, payload := range map[string][]byte{
-		"no runs":                  batch(nil, 0, 0, page),
-		"too many runs":            batch(many, 0, 0, nil),
-		"no data":                  batch([][3]uint64{{0, 1, kindData}}, 0, pageSize, nil),
-		"less data":                batch([][3]uint64{{0, 2, kindData}}, 0, pageSize, page),
-		"more data":                batch([][3]uint64{{0, 1, kindZero}}, 0, pageSize, page),
-		"unknown compression":      batch([][3]uint64{{0, 1, kindData}}, 3, pageSize, page),
-		"unknown kind":             batch([][3]uint64{{0, 1, 2}}, 0, pageSize, page),
-		"empty run":                batch([][3]uint64{{0, 0, kindZero}}, 0, 0, nil),
-		"not RAM":                  batch([][3]uint64{{64 * mib, 1, kindData}}, 0, pageSize, page),
-		"beyond RAM":               batch([][3]uint64{{pageSize, 1 << 31, kindZero}}, 0, 0, nil),
-		"across regions":           batch([][3]uint64{{3 * pageSize, 2, kindZero}}, 0, 0, nil),
-		"wraps":                    batch([][3]uint64{{1<<64 - pageSize, 2, kindZero}}, 0, 0, nil),
-		"not aligned":              batch([][3]uint64{{8, 1, kindData}}, 0, pageSize, page),
-		"too much":                 batch([][3]uint64{{0, 1, kindData}}, 2, MaxBatch+1, page),
-		"s2 of another length":     batch([][3]uint64{{0, 1, kindData}}, 2, pageSize, []byte{0xff, 0xff, 0xff, 0x7f, 0}),
-		"s2 nonsense":              batch([][3]uint64{{0, 1, kindData}}, 2, pageSize, []byte{0x80, 0x20, 1, 2, 3}),
-		"zstd nonsense":            batch([][3]uint64{{0, 1, kindData}}, 1, pageSize, []byte("zstd? no")),
-		"shorter than its head":    {1, 0, 0, 0},
-		"runs beyond the payload":  batch([][3]uint64{{0, 1, kindData}}, 0, 0, nil)[:batchSize+8],
-		"reserved byte is not 0":   append([]byte{1, 0, 0, 1}, batch([][3]uint64{{0, 1, kindZero}}, 0, 0, nil)[4:]...),
-		"a bad run after good one": batch([][3]uint64{{0, 1, kindData}, {64 * mib, 1, kindZero}}, 0, pageSize, page),
+		"no runs":                   batch(nil, 0, 0, page),
+		"too many runs":             batch(many, 0, 0, nil),
+		"no data":                   batch([][3]uint64{{0, 1, kindData}}, 0, pageSize, nil),
+		"less data":                 batch([][3]uint64{{0, 2, kindData}}, 0, pageSize, page),
+		"more data":                 batch([][3]uint64{{0, 1, kindZero}}, 0, pageSize, page),
+		"unknown compression":       batch([][3]uint64{{0, 1, kindData}}, 3, pageSize, page),
+		"unknown kind":              batch([][3]uint64{{0, 1, 2}}, 0, pageSize, page),
+		"empty run":                 batch([][3]uint64{{0, 0, kindZero}}, 0, 0, nil),
+		"not RAM":                   batch([][3]uint64{{64 * mib, 1, kindData}}, 0, pageSize, page),
+		"beyond RAM":                batch([][3]uint64{{pageSize, 1 << 31, kindZero}}, 0, 0, nil),
+		"across regions":            batch([][3]uint64{{3 * pageSize, 2, kindZero}}, 0, 0, nil),
+		"wraps":                     batch([][3]uint64{{1<<64 - pageSize, 2, kindZero}}, 0, 0, nil),
+		"not aligned":               batch([][3]uint64{{8, 1, kindData}}, 0, pageSize, page),
+		"too much":                  batch([][3]uint64{{0, 1, kindData}}, 2, MaxBatch+1, page),
+		"s2 of another length":      batch([][3]uint64{{0, 1, kindData}}, 2, pageSize, []byte{0xff, 0xff, 0xff, 0x7f, 0}),
+		"s2 nonsense":               batch([][3]uint64{{0, 1, kindData}}, 2, pageSize, []byte{0x80, 0x20, 1, 2, 3}),
+		"zstd nonsense":             batch([][3]uint64{{0, 1, kindData}}, 1, pageSize, []byte("zstd? no")),
+		"shorter than its head":     {1, 0, 0, 0},
+		"runs beyond the payload":   batch([][3]uint64{{0, 1, kindData}}, 0, 0, nil)[:batchSize+8],
+		"unknown check":             append([]byte{1, 0, 0, 2}, batch([][3]uint64{{0, 1, kindZero}}, 0, 0, nil)[4:]...),
+		"digest of other data":      append([]byte{1, 0, 0, 1}, batch([][3]uint64{{0, 1, kindData}}, 0, pageSize, page)[4:]...),
+		"digest of compressed data": append([]byte{1, 0, byte(S2), 1}, batch([][3]uint64{{0, 1, kindData}}, 0, pageSize, s2.Encode(nil, page))[4:]...),
+		"a bad run after good one":  batch([][3]uint64{{0, 1, kindData}, {64 * mib, 1, kindZero}}, 0, pageSize, page),
 	} {
 		m := newMemory(t, guestmem.Range{Base: 0, Size: 4 * pageSize}, guestmem.Range{Base: mib, Size: 4 * pageSize})
 		var b buffer
@@ -228,6 +232,11 @@ func TestHostilePages(t *testing.T) {
 
 // TestEveryByte breaks each byte of a stream in turn: it never passes.
 func TestEveryByte(t *testing.T) {
+	t.Run("CRC", func(t *testing.T) { everyByte(t, func(*Batch) {}) })
+	t.Run("digest", func(t *testing.T) { everyByte(t, (*Batch).Digest) })
+}
+
+func everyByte(t *testing.T, check func(*Batch)) {
 	m := newMemory(t, guestmem.Range{Base: 0, Size: 4 * pageSize})
 	m.Regions()[0].Host[0] = 1
 	m.Regions()[0].Host[2*pageSize] = 1
@@ -235,6 +244,7 @@ func TestEveryByte(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	check(b)
 	var good buffer
 	c := NewConn(&good)
 	sendAll(t, c, m, b)
@@ -372,6 +382,8 @@ func FuzzStream(f *testing.F) {
 		if err != nil {
 			f.Fatal(err)
 		}
+		sendAll(f, NewConn(&good), m, b)
+		b.Digest()
 		sendAll(f, NewConn(&good), m, b)
 	}
 	c := NewConn(&good)

@@ -26,6 +26,9 @@ type Hello struct {
 	Features []string `cbor:"9,keyasint,omitempty"`
 }
 
+// FeatureDigest says that there may be batches with the CRC of a digest of their pages.
+const FeatureDigest = "digest"
+
 // Region is one of RAM, in bytes.
 type Region struct {
 	GPA  uint64 `cbor:"1,keyasint"`

@@ -12,7 +12,7 @@ import (
 // A batch is the payload of a Pages frame: this head, runs, the data of those that have some, in
 // their order, compressed as one.
 //
-//	head  u16 runs, u8 compression, u8 0, u32 bytes of data before compression
+//	head  u16 runs, u8 compression, u8 check, u32 bytes of data before compression
 //	run   u64 guest-physical address, u32 pages, u32 kind
 const (
 	batchSize = 8
@@ -22,7 +22,11 @@ const (
 	MaxBatch = 256 << 10
 
 	kindData, kindZero = 0, 1
-	pageSize           = guestmem.PageSize
+
+	// What of the data the frame's CRC is made of: they themselves, or, of data that are not compressed, their digest.
+	checkData, checkDigest = 0, 1
+
+	pageSize = guestmem.PageSize
 )
 
 // Compression of a batch.
@@ -53,6 +57,7 @@ type Batch struct {
 	compression Compression
 	zeroPages   bool // look for them
 	touched     *guestmem.Bitmap
+	digest      bool // see Digest
 	zstd        *zstd.Encoder
 
 	runs    []byte // encoded
@@ -87,6 +92,10 @@ func NewBatch(m *guestmem.Memory, c Compression, level int, zeroPages bool) (*Ba
 // Touched has Add take pages that are not in the set for zeros, without a look at them, if it looks
 // at all. Nil is all pages.
 func (b *Batch) Touched(set *guestmem.Bitmap) { b.touched = set }
+
+// Digest has batches carry the CRC of a digest of their pages, FeatureDigest, in place of one of all that they
+// are: where SlowCRC says so.
+func (b *Batch) Digest() { b.digest = true }
 
 // zero says whether the page at gpa is to be sent as one of zeros.
 func (b *Batch) zero(gpa uint64, page []byte) bool {
@@ -193,8 +202,16 @@ func (b *Batch) Seal() {
 	le.PutUint32(head[4:], uint32(len(b.data)))
 	copy(head[batchSize:], b.runs)
 	frame = frame[beforeData-len(head)-headerSize : beforeData+len(data)]
-	payload := frame[headerSize:]
-	Header{TypePages, uint32(len(payload)), updateCRC(0, payload)}.put(frame)
+	crc := uint32(0)
+	if how == None && b.digest {
+		var d digest
+		head[3] = checkDigest
+		d.add(data)
+		crc = d.update(updateCRC(0, head))
+	} else {
+		crc = updateCRC(0, frame[headerSize:])
+	}
+	Header{TypePages, uint32(len(frame) - headerSize), crc}.put(frame)
 	b.sealed = frame
 }
 
@@ -262,10 +279,11 @@ func (c *Conn) ReadPages(h Header, s *Sink) (normal, zero uint64, err error) {
 	if err := c.readFull(head[:]); err != nil {
 		return 0, 0, noEOF(err)
 	}
-	n, compression, raw := int(le.Uint16(head[:])), Compression(head[2]), le.Uint32(head[4:])
+	n, compression, check, raw := int(le.Uint16(head[:])), Compression(head[2]), head[3], le.Uint32(head[4:])
 	packed := int(h.Length) - batchSize - n*runSize
 	switch {
-	case n == 0 || n > maxRuns || raw > MaxBatch || packed < 0 || int(compression) >= len(compressions) || head[3] != 0:
+	case n == 0 || n > maxRuns || raw > MaxBatch || packed < 0 || int(compression) >= len(compressions) ||
+		check > checkDigest || check == checkDigest && compression != None:
 		return 0, 0, corrupt("batch of %d runs, %d bytes, compression %d", n, raw, compression)
 	case compression == None && packed != int(raw):
 		return 0, 0, corrupt("batch of %d bytes in %d", raw, packed)
@@ -327,8 +345,16 @@ func (c *Conn) ReadPages(h Header, s *Sink) (normal, zero uint64, err error) {
 	if err := c.readAll(c.unpack.rest); err != nil {
 		return 0, 0, err
 	}
+	var d digest
 	for _, b := range into {
-		crc = updateCRC(crc, b)
+		if check == checkDigest {
+			d.add(b)
+		} else {
+			crc = updateCRC(crc, b)
+		}
+	}
+	if check == checkDigest {
+		crc = d.update(crc)
 	}
 	if crc != h.crc {
 		return 0, 0, corrupt("checksum of a pages frame")
