@@ -28,17 +28,16 @@ import (
 //	    │                                   the slot is empty, or time is up                                   │
 //	    └──────────────────────────────────────────────────────────────────────────────────────────────────────┘
 //
-//	taking     the VF has the MAC; copies go to the standby's side, and are held from MSI-X on
-//	serving    all is held, for a second at most, and nothing goes to the VF: what the guest sends may be lost,
-//	           such as answers, and a busy one does not get on with the probe while it answers
+//	taking     the VF has the MAC; copies go to the standby's side, and are held from MSI-X on,
+//	           for two seconds at most
+//	serving    the same: what the guest sends may be lost, such as answers to what comes by the VF;
+//	           for a second at most
 //	onPrimary  what is held is sent to the VF; nothing goes to the standby's side, but for copies
 //	           while Linux activates the VF's queue, which are sent to the VF as well: see settled
 //	asked      copies go there, and are held; when the guest begins, and at a pull, what is held
 //	           is forgotten but for what may be in the primary's ring
 //	letting    nothing goes to the VF
 //	onStandby  what is held goes to the guest
-//
-// While a guest is busy with a plug, in onStandby and taking, what is held it gets now and then: see calm.
 //
 // Linux drops what comes by the standby while a primary is registered (net_failover,
 // RX_HANDLER_EXACT), with or without carrier, and takes nothing from a primary whose driver
@@ -56,7 +55,6 @@ type carrier struct {
 	vf      steer.VF // it, as its PF has it
 	phase   phase
 	looks   bool        // the guest is at the slot of a primary that has been plugged
-	quiet   time.Time   // until then it gets the standby's frames by and by only, while it looks
 	since   time.Time   // when the old way ended, as far as is known; zero: it has not
 	limit   *time.Timer // releases what is held, unless something else has; nil: there is none
 	last    []switched
@@ -142,16 +140,12 @@ func (c *carrier) used(u pci.Use) {
 	case u.Unmasked && c.looks:
 		c.prime()
 		c.phase = serving
-		c.do(steer.Standby) // it has read the MAC
 		c.holdFor(driverTime)
 	case u.Unmasked:
 		c.toPrimary()
 	case u.Master || u.Enabled:
 		c.prime()
-		switch {
-		case u.Enabled && c.looks: // soon Linux throws away what comes by the standby
-			c.holdFor(probeTime)
-		case u.Enabled:
+		if u.Enabled { // what comes by the standby from now on Linux throws away
 			c.holdFor(virtionet.HoldTime)
 		}
 	case c.phase == taking:
@@ -188,38 +182,21 @@ func (c *carrier) prime() {
 	c.do(steer.GiveMAC)
 }
 
-// How long frames are held at a time for a guest that works at its primary's slot, while its driver
-// probes the primary, and for the rest of that once it serves it.
+// How long frames are held at most for a guest that works at its primary's slot, and for the rest
+// of its driver's probe once that serves the primary. Before that, it is [virtionet.HoldTime].
 const (
-	quietTime  = 200 * time.Millisecond
-	probeTime  = 400 * time.Millisecond
+	quietTime  = 300 * time.Millisecond
 	driverTime = time.Second
 )
 
-// plugTime is for how long after a plug frames are held time and again, and restTime is what a guest
-// is given to have them in between.
-const (
-	plugTime = 6 * time.Second
-	restTime = 30 * time.Millisecond
-)
-
 // plugged is for a primary that is in its slot. A guest takes frames from the standby until its
-// driver has the primary ready, but a busy one does not get on with that while each that comes interrupts it.
+// driver has the primary ready, but a busy one does not get on with that while it has them to see to.
 func (c *carrier) plugged() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.looks, c.quiet = true, time.Now().Add(plugTime)
-	c.calm()
-}
-
-// calm has the frames come many at a time while the guest is at the slot.
-func (c *carrier) calm() {
-	switch {
-	case !c.looks || time.Now().After(c.quiet):
-	case c.phase == onStandby:
+	c.looks = true
+	if c.phase == onStandby {
 		c.holdFor(quietTime)
-	case c.phase == taking:
-		c.holdFor(probeTime)
 	}
 }
 
@@ -230,9 +207,8 @@ func (c *carrier) holdFor(limit time.Duration) {
 	c.until(limit, func() {
 		if c.phase == serving {
 			c.toPrimary()
-		} else if c.release(); c.phase == onStandby || c.phase == taking {
+		} else if c.release(); c.phase == onStandby {
 			c.since = time.Time{}
-			c.until(restTime, c.calm)
 		}
 	})
 }

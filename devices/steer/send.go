@@ -47,41 +47,29 @@ func (s *Steerer) announce(pf string) error {
 	return err
 }
 
-// A VF throws away what its receive ring has no room for, and many drivers give it 256 buffers, which a guest
-// with one slow CPU empties in tenths of a second. What was held is therefore handed to it at a pace: half a ring
-// soon, and the rest over about paceRest.
+// A VF throws away what its receive ring has no room for, and many drivers give it 256 buffers.
+// What was held is therefore handed to it at a pace that a guest with one slow CPU keeps up with.
 const (
 	paceFrames = 64 // at a time, on the wire
-	paceSlow   = 16 // likewise, beyond half a ring, at least
 	paceTime   = 8 * time.Millisecond
-	paceRest   = 200 * time.Millisecond
-	halfRing   = 128
 )
 
 // SendPaced is Send, with time for a VF's driver to take what was sent. It ends early, between two
 // frames, once more says that no more is wanted.
 func SendPaced(ifname string, frames [][]byte, more func() bool) (sent int, err error) {
-	total := 0
-	for _, f := range frames {
-		total += segments(f)
-	}
-	slow := max(paceSlow, (total-halfRing)/int(paceRest/paceTime))
-	for gone := 0; len(frames) > 0; {
-		batch, n, wire := paceFrames, 0, 0
-		if gone >= halfRing {
-			batch = slow
-		}
-		for n < len(frames) && wire < batch {
+	for len(frames) > 0 {
+		n, wire := 0, 0
+		for n < len(frames) && wire < paceFrames {
 			wire += segments(frames[n])
 			n++
 		}
 		k, serr := Send(ifname, frames[:n])
-		sent, gone, frames = sent+k, gone+wire, frames[n:]
+		sent, frames = sent+k, frames[n:]
 		if err == nil {
 			err = serr
 		}
 		if len(frames) > 0 {
-			if time.Sleep(paceTime * time.Duration(max(wire, batch)) / time.Duration(batch)); !more() {
+			if time.Sleep(paceTime * time.Duration(max(wire, paceFrames)) / paceFrames); !more() {
 				break
 			}
 		}
