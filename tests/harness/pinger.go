@@ -104,8 +104,8 @@ const (
 )
 
 // run sends and hears until it is stopped, on one thread that waits in the kernel only, and not by Go's
-// scheduler: on an emulated host, waking up a thousand times a second cost three times what a migrating
-// guest and both its VMMs did, of which it is to be a witness.
+// scheduler: on an emulated host, waking up a thousand times a second that way takes much of the CPUs that a
+// migrating guest and its VMMs need, of which it is to be a witness.
 func (p *Pinger) run(fd uintptr, interval time.Duration) {
 	buf := make([]byte, 1500)
 	for due, last := interval, time.Now(); !p.stopped.Load(); {
