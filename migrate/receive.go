@@ -83,10 +83,9 @@ func (t *Target) check(in *incoming) error {
 		bad("%d channels: more than are possible here", h.Channels)
 	}
 	for _, f := range h.Features {
-		if f == wire.FeatureDigest {
-			continue
+		if f != wire.FeatureDigest {
+			bad("feature %s is not known to the target", f)
 		}
-		bad("feature %s is not known to the target", f)
 	}
 	if h.OneWay != in.stream.OneWay {
 		bad("the stream has one way on one side, and two on the other")

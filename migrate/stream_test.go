@@ -231,6 +231,24 @@ func TestGolden(t *testing.T) {
 	}
 }
 
+// saved is the stream of a guest, and the file that it is in.
+func saved(t testing.TB) (stream []byte, file string) {
+	t.Helper()
+	w := &world{t: t}
+	from := newMachine(t, w, "the source")
+	w.lock = from
+	from.step()
+	file = filepath.Join(t.TempDir(), "stream")
+	if err := snapshot(t, from, "file:"+file, nil); err != nil {
+		t.Fatal(err)
+	}
+	stream, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return stream, file
+}
+
 // slowCRC has the CPU be one where the instruction for it is slow, or not.
 func slowCRC(t *testing.T, slow bool) {
 	before := wire.SlowCRC
@@ -241,24 +259,12 @@ func slowCRC(t *testing.T, slow bool) {
 // TestDigest: where CRCs are slow the stream says that it has digests, and is loaded on any CPU.
 func TestDigest(t *testing.T) {
 	slowCRC(t, true)
-	w := &world{t: t}
-	from := newMachine(t, w, "the source")
-	w.lock = from
-	from.step()
-	file := filepath.Join(t.TempDir(), "stream")
-	s, err := NewSource(from, options(t, "file:"+file))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := s.Run(); err != nil {
-		t.Fatal(err)
-	}
+	stream, file := saved(t)
 	slowCRC(t, false)
-	text, err := os.ReadFile(file)
-	if err != nil || !bytes.Contains(text, []byte(wire.FeatureDigest)) {
-		t.Errorf("%d bytes, without %q: %v", len(text), wire.FeatureDigest, err)
+	if !bytes.Contains(stream, []byte(wire.FeatureDigest)) {
+		t.Errorf("%d bytes, without %q", len(stream), wire.FeatureDigest)
 	}
-	to := newMachine(t, w, "the target")
+	to := newMachine(t, &world{t: t}, "the target")
 	if err := restoreStopped(to, options(t, "file:"+file)); err != nil {
 		t.Fatal(err)
 	}
@@ -509,22 +515,7 @@ func TestOldTarget(t *testing.T) {
 
 // FuzzTarget gives a target a stream with frames that are whole, in any order and with any content.
 func FuzzTarget(f *testing.F) {
-	w := &world{t: f}
-	from := newMachine(f, w, "the source")
-	w.lock = from
-	from.step()
-	file := filepath.Join(f.TempDir(), "stream")
-	s, err := NewSource(from, options(f, "file:"+file))
-	if err != nil {
-		f.Fatal(err)
-	}
-	if err := s.Run(); err != nil {
-		f.Fatal(err)
-	}
-	good, err := os.ReadFile(file)
-	if err != nil {
-		f.Fatal(err)
-	}
+	good, _ := saved(f)
 	f.Add(good)
 	f.Add(good[:len(good)-30])
 	golden, err := os.ReadFile("testdata/stream-v1")

@@ -63,8 +63,10 @@ func byTables(crc uint32, p []byte) uint32 {
 	return ^crc
 }
 
-// A digest stands for pages where a CRC of all of them would take longer than to send them. A step is
-// a bijection of its lane: no single word can change unnoticed, others with a chance of 1 in 2^64.
+// A digest stands for pages where a CRC of all of them would take longer than to send them: see the package
+// comment. A step is a bijection of its lane, so that one word that has changed always shows in the digest. What
+// has changed passes the CRC of that with a chance of 1 in 2^32; a CRC of the pages themselves would be sure to see
+// short errors.
 type digest [8]uint64
 
 // add goes on with whole pages.

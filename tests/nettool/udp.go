@@ -33,6 +33,7 @@ type Datagrams struct {
 }
 
 const (
+	// beat is how often datagrams are sent and taken.
 	beat = 10 * time.Millisecond
 	// rateStep is the time over which Rate counts.
 	rateStep = 20 * time.Millisecond
