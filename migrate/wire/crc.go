@@ -2,7 +2,6 @@ package wire
 
 import (
 	"hash/crc32"
-	"math/bits"
 	"sync"
 	"time"
 )
@@ -64,26 +63,32 @@ func byTables(crc uint32, p []byte) uint32 {
 }
 
 // A digest stands for pages where a CRC of all of them would take longer than to send them: see the package
-// comment. A step is a bijection of its lane, so that one word that has changed always shows in the digest. What
+// comment. Four sums of words, four sums of those, so that the order counts, and shifts by which high bits reach
+// low ones: of multiplications, rotations and carry-less products an emulated CPU makes ten times as many
+// instructions. Each step is a bijection of the state, so that one word that has changed always shows in the digest. What
 // has changed passes the CRC of that with a chance of 1 in 2^32; a CRC of the pages themselves would be sure to see
 // short errors.
 type digest [8]uint64
 
 // add goes on with whole pages.
 func (d *digest) add(p []byte) {
-	const odd = 0x9e3779b97f4a7c15 // 2^64 over the golden ratio: many bits, in no pattern
-	a, b, c, e, f, g, h, i := d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7]
-	for w := asWords(p); len(w) >= len(d); w = w[len(d):] {
-		a = bits.RotateLeft64(a^w[0], 29) * odd
-		b = bits.RotateLeft64(b^w[1], 29) * odd
-		c = bits.RotateLeft64(c^w[2], 29) * odd
-		e = bits.RotateLeft64(e^w[3], 29) * odd
-		f = bits.RotateLeft64(f^w[4], 29) * odd
-		g = bits.RotateLeft64(g^w[5], 29) * odd
-		h = bits.RotateLeft64(h^w[6], 29) * odd
-		i = bits.RotateLeft64(i^w[7], 29) * odd
+	a, b, c, e := d[0], d[1], d[2], d[3]
+	aa, bb, cc, ee := d[4], d[5], d[6], d[7]
+	for w := asWords(p); len(w) >= 16; w = w[16:] {
+		a, b, c, e = a+w[0], b+w[1], c+w[2], e+w[3]
+		aa, bb, cc, ee = aa+a, bb+b, cc+c, ee+e
+		e += a >> 29
+		a, b, c, e = a+w[4], b+w[5], c+w[6], e+w[7]
+		aa, bb, cc, ee = aa+a, bb+b, cc+c, ee+e
+		a += b >> 29
+		a, b, c, e = a+w[8], b+w[9], c+w[10], e+w[11]
+		aa, bb, cc, ee = aa+a, bb+b, cc+c, ee+e
+		b += c >> 29
+		a, b, c, e = a+w[12], b+w[13], c+w[14], e+w[15]
+		aa, bb, cc, ee = aa+a, bb+b, cc+c, ee+e
+		c += e >> 29
 	}
-	*d = digest{a, b, c, e, f, g, h, i}
+	*d = digest{a, b, c, e, aa, bb, cc, ee}
 }
 
 // update goes on with a CRC by the digest.

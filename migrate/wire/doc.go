@@ -8,8 +8,9 @@
 //	pages        u16 runs, u8 compression, u8 check, u32 bytes of data
 //	             runs: u64 guest-physical address, u32 pages, u32 kind (0 data, 1 zeros)
 //	             data, of all runs one after the other, compressed as one
-//	             check 1: in the frame's CRC the data's digest stands for them, 8 lanes of u64: word n of the
-//	             data goes into lane n % 8, which then is ((lane ^ word) <<< 29) * 0x9e3779b97f4a7c15
+//	             check 2: in the frame's CRC the data's digest stands for them, 8 sums of u64: word n of the
+//	             data is added to sum n % 4, and that to sum 4 + n % 4; after each fourth word, sum
+//	             (n/4 + 3) % 4 grows by sum n/4 % 4 shifted right by 29. Check 1 is no longer used
 //
 // All numbers are little-endian. Both sides of a connection begin with the preamble; a file has
 // the source's only. The first frame says what the connection is for: Hello (the main one), Join (a

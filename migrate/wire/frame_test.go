@@ -216,9 +216,9 @@ func TestHostilePages(t *testing.T) {
 		"zstd nonsense":             batch([][3]uint64{{0, 1, kindData}}, 1, pageSize, []byte("zstd? no")),
 		"shorter than its head":     {1, 0, 0, 0},
 		"runs beyond the payload":   batch([][3]uint64{{0, 1, kindData}}, 0, 0, nil)[:batchSize+8],
-		"unknown check":             append([]byte{1, 0, 0, 2}, batch([][3]uint64{{0, 1, kindZero}}, 0, 0, nil)[4:]...),
-		"digest of other data":      append([]byte{1, 0, 0, 1}, batch([][3]uint64{{0, 1, kindData}}, 0, pageSize, page)[4:]...),
-		"digest of compressed data": append([]byte{1, 0, byte(S2), 1}, batch([][3]uint64{{0, 1, kindData}}, 0, pageSize, s2.Encode(nil, page))[4:]...),
+		"unknown check":             append([]byte{1, 0, 0, 1}, batch([][3]uint64{{0, 1, kindZero}}, 0, 0, nil)[4:]...),
+		"digest of other data":      append([]byte{1, 0, 0, 2}, batch([][3]uint64{{0, 1, kindData}}, 0, pageSize, page)[4:]...),
+		"digest of compressed data": append([]byte{1, 0, byte(S2), 2}, batch([][3]uint64{{0, 1, kindData}}, 0, pageSize, s2.Encode(nil, page))[4:]...),
 		"a bad run after good one":  batch([][3]uint64{{0, 1, kindData}, {64 * mib, 1, kindZero}}, 0, pageSize, page),
 	} {
 		m := newMemory(t, guestmem.Range{Base: 0, Size: 4 * pageSize}, guestmem.Range{Base: mib, Size: 4 * pageSize})

@@ -27,7 +27,7 @@ type Hello struct {
 }
 
 // FeatureDigest says that there may be batches with the CRC of a digest of their pages.
-const FeatureDigest = "digest"
+const FeatureDigest = "digest-2"
 
 // Region is one of RAM, in bytes.
 type Region struct {

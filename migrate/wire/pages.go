@@ -24,7 +24,7 @@ const (
 	kindData, kindZero = 0, 1
 
 	// What of the data the frame's CRC is made of: they themselves, or, of data that are not compressed, their digest.
-	checkData, checkDigest = 0, 1
+	checkData, checkDigest = 0, 2
 
 	pageSize = guestmem.PageSize
 )
@@ -283,7 +283,7 @@ func (c *Conn) ReadPages(h Header, s *Sink) (normal, zero uint64, err error) {
 	packed := int(h.Length) - batchSize - n*runSize
 	switch {
 	case n == 0 || n > maxRuns || raw > MaxBatch || packed < 0 || int(compression) >= len(compressions) ||
-		check > checkDigest || check == checkDigest && compression != None:
+		check != checkData && (check != checkDigest || compression != None):
 		return 0, 0, corrupt("batch of %d runs, %d bytes, compression %d", n, raw, compression)
 	case compression == None && packed != int(raw):
 		return 0, 0, corrupt("batch of %d bytes in %d", raw, packed)
