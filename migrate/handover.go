@@ -248,22 +248,17 @@ func (s *Source) giveUp(why error) error {
 	default:
 		go s.leave(wire.TypeAbort, wire.NewReason(why), last >= SourceFinishing && last < SourceCommitting || s.unsure.Load())
 	}
-	s.finish()
-	for _, undo := range slices.Backward(s.undos) {
-		undo()
-	}
-	s.enterAs(final, final.Status(), why)
-	return why
-}
-
-// finish ends what costs something: dirty logs, throttling.
-func (s *Source) finish() {
 	s.m.Throttle(0)
 	for _, d := range s.watched {
 		if err := d.Stop(); err != nil {
 			s.log("dirty pages: %v", err)
 		}
 	}
+	for _, undo := range slices.Backward(s.undos) {
+		undo()
+	}
+	s.enterAs(final, final.Status(), why)
+	return why
 }
 
 func (s *Source) close() {

@@ -112,8 +112,8 @@ type DirtySource interface {
 	// A write that it does not report is in the next Sync. It may be called while the guest
 	// runs, and is called once more after Pause.
 	Sync(b *guestmem.Bitmap) error
-	// Stop ends the watch. It is called for every source that was started, after the guest
-	// goes on or has gone: never between Pause and Resume or the commit.
+	// Stop ends the watch. It is called for every source that was started, when the guest goes on
+	// here, after Resume. For one that has gone it is not: nobody waits for what it takes.
 	Stop() error
 }
 

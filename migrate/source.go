@@ -194,8 +194,8 @@ func (s *Source) Run() error {
 		return s.giveUp(err)
 	}
 	last := s.now()
-	s.finish()
 	s.enter(SourceCompleted)
+	s.m.Throttle(0)
 	var done any
 	if !s.stream.OneWay {
 		if late := s.m.TakeLate(); len(late) > 0 {

@@ -37,11 +37,12 @@ type migration struct {
 	cpu  []migrate.Fact // see cpuFacts
 	tell atomic.Bool    // the capability events is on; the engines look at it
 
-	exitOnError bool               // a guest that does not come ends the machine
-	abandoned   bool               // the machine is ending
-	away        bool               // the guest has left: the disks are somebody else's
-	was         State              // before the pause
-	quiesced    []devices.Quiescer // by the pause, or by the wait for a guest
+	exitOnError bool                  // a guest that does not come ends the machine
+	abandoned   bool                  // the machine is ending
+	away        bool                  // the guest has left: the disks are somebody else's
+	watched     []migrate.DirtySource // of the last attempt; those of a guest that has left still watch
+	was         State                 // before the pause
+	quiesced    []devices.Quiescer    // by the pause, or by the wait for a guest
 }
 
 // engine is what sources and targets have in common.
@@ -366,6 +367,11 @@ func (m *Machine) takeBack() error {
 		}
 	}
 	m.migration.away = false
+	for _, d := range m.migration.watched {
+		if err := d.Stop(); err != nil {
+			m.log.Warn("dirty pages: " + err.Error())
+		}
+	}
 	m.log.Warn("the guest goes on here, after it has migrated: see that it does not run elsewhere")
 	m.guestStays()
 	return m.unquiesce()

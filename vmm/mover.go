@@ -75,7 +75,10 @@ func (s section) Load(version uint16, data []byte) error {
 
 // DirtySources implements migrate.SourceMachine.
 func (v mover) DirtySources() (list []migrate.DirtySource) {
-	_ = v.call(func() { list = v.dirtySources() })
+	_ = v.call(func() {
+		list = v.dirtySources()
+		v.migration.watched = list
+	})
 	return list
 }
 
