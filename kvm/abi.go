@@ -101,6 +101,7 @@ var (
 	kvmGetSregs2     = iocOf[Sregs](iocRead, 0xcc, "KVM_GET_SREGS2")
 	kvmSetSregs2     = iocOf[Sregs](iocWrite, 0xcd, "KVM_SET_SREGS2")
 	kvmGetXSave2     = iocOf[xsave](iocRead, 0xcf, "KVM_GET_XSAVE2")
+	kvmPreFault      = iocOf[preFault](iocRead|iocWrite, 0xd5, "KVM_PRE_FAULT_MEMORY")
 )
 
 // Cap is a KVM_CAP_* number.
@@ -128,6 +129,7 @@ const (
 	CapSregs2                 Cap = 200
 	CapBinaryStatsFD          Cap = 203
 	CapXSave2                 Cap = 208 // size of the XSAVE area in bytes
+	CapPreFaultMemory         Cap = 236
 )
 
 // listHeader is what kvm_cpuid2, kvm_msrs and kvm_irq_routing start with; for the last
@@ -155,6 +157,11 @@ type msrList struct { // kvm_msrs
 type msrIndexList struct { // kvm_msr_list
 	n       uint32
 	indices [1024]uint32
+}
+
+type preFault struct { // kvm_pre_fault_memory
+	gpa, size, flags uint64
+	_                [5]uint64
 }
 
 type irqRouting struct { // kvm_irq_routing

@@ -42,6 +42,7 @@ var features = []Feature{
 	{"KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", CapManualDirtyLogProtect2, "5.2", "without it a migration stalls the guest at each round", optional, false, 0},
 	{"KVM_CAP_DIRTY_LOG_RING", CapDirtyLogRing, "5.11", "dirty tracking whose cost follows the guest's writes, not its size", optional, false, 0},
 	{"KVM_CAP_BINARY_STATS_FD", CapBinaryStatsFD, "5.14", "statistics of exits", optional, false, 0},
+	{"KVM_CAP_PRE_FAULT_MEMORY", CapPreFaultMemory, "6.11", "without it a guest that has come faults at each page that it uses first", optional, false, 0},
 	{"KVM_CAP_XSAVE2", CapXSave2, "5.17", "migration of AMX state", optional, false, 0},
 }
 

@@ -127,6 +127,23 @@ func (v *VCPU) Kick() {
 	}
 }
 
+// PreFault maps the n bytes at gpa, as if the guest had read them, and may be called from any thread while the
+// vCPU does not run; Kick and Close wait for it. It needs CapPreFaultMemory, and fails where there is no second
+// level of page tables.
+func (v *VCPU) PreFault(gpa, n uint64) error {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.closed {
+		return unix.EBADF
+	}
+	for p := (preFault{gpa: gpa, size: n}); p.size > 0; { // the kernel goes on from where it was interrupted
+		if _, err := ioctl(v.fd, kvmPreFault, &p); err != nil && !errors.Is(err, unix.EAGAIN) {
+			return err
+		}
+	}
+	return nil
+}
+
 // Translate walks the guest's page tables. ok is false when gva is not mapped.
 func (v *VCPU) Translate(gva uint64) (gpa uint64, ok bool, err error) {
 	t := gokvm.Translation{LinearAddress: gva}

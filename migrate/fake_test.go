@@ -316,6 +316,8 @@ func (m *machine) TakeLate() []Late {
 	return []Late{{Name: "net", Frames: [][]byte{[]byte("late for " + m.name)}, Dropped: 3}}
 }
 
+func (m *machine) Map(uint64, uint64) {}
+
 func (m *machine) GiveLate(list []Late) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -65,6 +65,10 @@ type TargetMachine interface {
 	// Check compares the source's facts with its own and names each difference that matters, such
 	// as `cpu: leaf 7 ebx: avx512f is missing here`.
 	Check(source []Fact) (differences []string)
+	// Map prepares the vCPUs for n bytes at gpa, of one region, that have come or are about to: what they would
+	// have to do about them for the first time. It is called from goroutines of its own, beside everything
+	// else until Start, and may do nothing.
+	Map(gpa, n uint64)
 	// ReserveLocks makes sure that TakeLocks will succeed once the source has released the locks,
 	// which it has offered before. Its error refuses the migration.
 	ReserveLocks() error

@@ -14,6 +14,10 @@ type prefault struct {
 	regions []guestmem.Region
 	blocks  [][]atomic.Uint32 // of each region: see below
 	queue   chan faulting
+	sweep   chan struct{}       // a round has ended
+	mapping func(gpa, n uint64) // TargetMachine.Map
+	mapped  [][]atomic.Bool     // by it, of each region
+	starts  atomic.Bool         // the guest does: no more of that
 
 	mu   sync.Mutex
 	done *sync.Cond // a block has become there
@@ -21,8 +25,8 @@ type prefault struct {
 
 // faulting is a block that is queued.
 type faulting struct {
-	memory []byte
-	state  *atomic.Uint32
+	region int
+	block  uint64
 }
 
 // States of a block.
@@ -41,26 +45,60 @@ const (
 	prefaulters = 4
 )
 
-func newPrefault(m *guestmem.Memory) *prefault {
-	p := &prefault{regions: m.Regions(), queue: make(chan faulting, 4*ahead)}
+func newPrefault(m *guestmem.Memory, mapping func(gpa, n uint64)) *prefault {
+	p := &prefault{regions: m.Regions(), queue: make(chan faulting, 4*ahead), sweep: make(chan struct{}, 1), mapping: mapping}
 	p.done = sync.NewCond(&p.mu)
 	for _, r := range p.regions {
-		p.blocks = append(p.blocks, make([]atomic.Uint32, (r.Size+hugePage-1)/hugePage))
+		n := (r.Size + hugePage - 1) / hugePage
+		p.blocks = append(p.blocks, make([]atomic.Uint32, n))
+		p.mapped = append(p.mapped, make([]atomic.Bool, n))
 	}
 	return p
+}
+
+// roundEnded has what came without being waited for mapped, too.
+func (p *prefault) roundEnded() {
+	select {
+	case p.sweep <- struct{}{}:
+	default:
+	}
+}
+
+// memory is a block's.
+func (f faulting) memory(r guestmem.Region) (gpa uint64, b []byte) {
+	off := f.block * hugePage
+	return r.GPA + off, r.Host[off:min(off+hugePage, r.Size)]
+}
+
+// mapIt has the vCPUs find a block that is there, unless they do.
+func (p *prefault) mapIt(f faulting) {
+	if !p.starts.Load() && p.mapped[f.region][f.block].CompareAndSwap(false, true) {
+		gpa, b := f.memory(p.regions[f.region])
+		p.mapping(gpa, uint64(len(b)))
+	}
 }
 
 // run works until the channel is closed.
 func (p *prefault) run(stop <-chan struct{}) {
 	for {
 		select {
-		case b := <-p.queue:
-			if s := b.state; s.CompareAndSwap(queued, working) {
-				populate(b.memory)
+		case f := <-p.queue:
+			if s := &p.blocks[f.region][f.block]; s.CompareAndSwap(queued, working) {
+				_, memory := f.memory(p.regions[f.region])
+				populate(memory)
 				p.mu.Lock()
 				s.Store(there)
 				p.mu.Unlock()
 				p.done.Broadcast()
+				p.mapIt(f)
+			}
+		case <-p.sweep:
+			for region, blocks := range p.blocks {
+				for b := range blocks {
+					if blocks[b].Load() == there {
+						p.mapIt(faulting{region, uint64(b)})
+					}
+				}
 			}
 		case <-stop:
 			return
@@ -106,6 +144,5 @@ func (p *prefault) prepare(region int, b uint64) {
 	if len(p.queue) == cap(p.queue) || !s.CompareAndSwap(absent, queued) {
 		return
 	}
-	r := p.regions[region]
-	p.queue <- faulting{r.Host[b*hugePage : min((b+1)*hugePage, r.Size)], s}
+	p.queue <- faulting{region, b}
 }

@@ -230,8 +230,12 @@ func (t *Target) readPayload(in *incoming, c *wire.Conn, main bool, h wire.Heade
 		if err := c.ReadMessage(h, &m); err != nil {
 			return err
 		}
-		if err := in.rounds.arrive(in.ctx, m.Number); err != nil || !main || in.stream.OneWay {
+		if err := in.rounds.arrive(in.ctx, m.Number); err != nil || !main {
 			return err
+		}
+		t.prefault.roundEnded()
+		if in.stream.OneWay {
+			return nil
 		}
 		return c.Write(wire.TypeRound, m)
 	case wire.TypeSection:

@@ -23,9 +23,10 @@ type Target struct {
 	m TargetMachine
 	l *wire.Listener
 
-	sink   wire.Sink
-	hellos chan *incoming // what wants to be the main connection
-	greets sync.WaitGroup // connections whose first frame is read
+	sink     wire.Sink
+	prefault *prefault
+	hellos   chan *incoming // what wants to be the main connection
+	greets   sync.WaitGroup // connections whose first frame is read
 
 	normal, zero atomic.Uint64
 
@@ -201,10 +202,10 @@ func (t *Target) sourceKnows() {
 func (t *Target) Run() error {
 	defer t.greets.Wait()
 	defer t.cancel(nil)
-	p := newPrefault(t.m.Memory())
-	t.sink.Coming = p.coming
+	t.prefault = newPrefault(t.m.Memory(), t.m.Map)
+	t.sink.Coming = t.prefault.coming
 	for range min((runtime.NumCPU()+1)/2, prefaulters) { // who receives needs one, too
-		t.greets.Go(func() { p.run(t.ctx.Done()) })
+		t.greets.Go(func() { t.prefault.run(t.ctx.Done()) })
 	}
 	context.AfterFunc(t.ctx, func() { _ = t.l.Close() })
 	t.greets.Add(1)
@@ -489,6 +490,7 @@ func (t *Target) wait(in *incoming) error {
 	} else if !t.trySettle(committing) {
 		return context.Cause(t.ctx)
 	}
+	t.prefault.starts.Store(true)
 	t.enter(TargetCommitting)
 	err := t.start(in)
 	t.mu.Lock()

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"sync/atomic"
@@ -139,11 +140,16 @@ func (m *Machine) rehearse() error {
 	return nil
 }
 
+// migrationGC lets a heap of 16 MiB grow before it is collected while there is a migration: more than one needs.
+const migrationGC = 400
+
 func (m *Machine) runMigration(e engine) {
 	done := make(chan struct{})
 	m.migration.last, m.migration.done = e, done
 	go func() {
 		defer close(done)
+		// A collection would take CPUs from the guest, and time from its stop.
+		defer debug.SetGCPercent(debug.SetGCPercent(migrationGC))
 		if err := e.Run(); err != nil {
 			m.log.Warn("migration: " + err.Error())
 		}

@@ -96,6 +96,9 @@ func (v mover) Resume(running bool) error {
 // Throttle implements migrate.SourceMachine.
 func (v mover) Throttle(percent int) { _ = v.call(func() { v.throttleVCPUs(percent) }) }
 
+// Map implements migrate.TargetMachine. An older kernel, and one without second-level page tables, cannot.
+func (v mover) Map(gpa, n uint64) { _ = v.vcpus[0].PreFault(gpa, n) }
+
 // Flush implements migrate.SourceMachine. It takes as long as the disks do, so it is not done
 // in the main loop.
 func (v mover) Flush() error { return v.eachDisk((*blk.Disk).Flush) }
