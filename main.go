@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 
@@ -90,6 +91,9 @@ func start(args []string, stdout, stderr io.Writer) error {
 	if inv.Config.Daemonize && !daemon {
 		return vmm.Daemonize(ctx, append([]string{"run"}, args...))
 	}
+	// The thread of a vCPU is in the kernel for most of the time, and has one of Go's processors there until somebody
+	// takes it away: who works finds as many as without.
+	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + max(inv.Config.SMP, 0))
 	return vmm.Serve(ctx, inv.Config)
 }
 

@@ -76,7 +76,9 @@ func (s *Source) precopy() error {
 	}
 	senders.touched(touched)
 	s.note(func(st *Stats) { st.RAM.DirtySync = 1 })
-	sample := Sample{AutoConverge: s.o.Capabilities.Has(CapAutoConverge)}
+	// The stop has two exchanges with the target, which take as long whatever there is of RAM.
+	overhead := min(2*s.answered, time.Duration(s.settings().DowntimeLimit)*time.Millisecond/10)
+	sample := Sample{AutoConverge: s.o.Capabilities.Has(CapAutoConverge), Overhead: overhead}
 	synced := begin
 	for n := 1; ; n++ {
 		start := time.Now()

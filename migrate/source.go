@@ -35,9 +35,10 @@ type Source struct {
 	undos   []func()
 
 	paused, running   bool
-	offered, released bool      // the disks' locks
-	committed         bool      // guarded by mu: past the last moment to cancel
-	preparing         time.Time // since when; zero: it is not
+	offered, released bool          // the disks' locks
+	committed         bool          // guarded by mu: past the last moment to cancel
+	answered          time.Duration // after which the target has accepted the hello; 0: it does not answer
+	preparing         time.Time     // since when; zero: it is not
 	stopped           time.Time
 
 	goOn    chan struct{}     // Continue
@@ -288,6 +289,7 @@ func (s *Source) connect() (err error) {
 		s.main.SetStall(0, 0) // whoever reads it may take its time
 		close(s.deaf)
 	}
+	asked := time.Now()
 	if err := s.main.Begin(wire.TypeHello, hello); err != nil {
 		return s.lost(err)
 	}
@@ -299,6 +301,7 @@ func (s *Source) connect() (err error) {
 	if err != nil {
 		return err
 	}
+	s.answered = time.Since(asked)
 	s.enter(SourceReserving)
 	if hello.Channels > 0 {
 		if err := s.openChannels(hello.Channels); err != nil {

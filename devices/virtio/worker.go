@@ -87,7 +87,7 @@ func (w *Worker) Next() *Chain {
 // interrupt. How many make a batch is learned: a chain that does not come in time makes the
 // batch smaller, and it is one, for which nobody waits, with a driver that has one request
 // under way at a time. To be called before the first Next.
-func (w *Worker) Gather() { w.gathers = runtime.GOMAXPROCS(0) > 1 }
+func (w *Worker) Gather() { w.gathers = runtime.NumCPU() > 1 }
 
 // gather waits for the rest of a batch and says whether more of it has come.
 func (w *Worker) gather() bool {
