@@ -134,6 +134,7 @@ type Way struct {
 	Steer   string   // baton's steer=; "": its default; else somebody has given the VFs their MAC, as for QEMU
 	Args    []string // further ones
 	Driver  string   // of the primary, that a guest has to load; "": it does so by itself
+	Quiet   bool     // no load
 }
 
 // QEMU says whether it is.
@@ -356,7 +357,10 @@ func (w *World) Travel(ctx context.Context, way Way, from, to *Machine) *Trip {
 	w.T.Helper()
 	t := &Trip{Way: way.Name}
 	full := w.tapDrops()
-	load := w.Load(ctx, from)
+	var load *Load
+	if !way.Quiet {
+		load = w.Load(ctx, from)
+	}
 	if way.Script {
 		go func() {
 			if from.Log.Wait(ctx, "UNPLUG_PRIMARY", "") == nil {
@@ -383,10 +387,12 @@ func (w *World) Travel(ctx context.Context, way Way, from, to *Machine) *Trip {
 		}
 	}
 	w.Peer.Ping(ctx, GuestIP)
-	if err := load.pinger.Wait(ctx, late); err != nil {
-		w.T.Fatal(err)
+	if load != nil {
+		if err := load.pinger.Wait(ctx, late); err != nil {
+			w.T.Fatal(err)
+		}
+		load.Stop(ctx, here, t)
 	}
-	load.Stop(ctx, here, t)
 	t.Guest = strings.Join(strings.Fields(here.Sh(ctx, guestDrops)), " ")
 	t.TAPs = w.tapDrops() - full
 	t.Source, t.Target = from.Log.Events(), to.Log.Events()
@@ -415,16 +421,19 @@ func (t *Trip) String() string {
 
 func number(v any) float64 { f, _ := v.(float64); return f }
 
-// lost says which pings were, in seconds after begin.
+// lost says when the longest outages were, and which pings were lost, in seconds after begin.
 func (t *Trip) lost(begin float64) string {
 	var b strings.Builder
+	for _, o := range t.Pings.Outages[:min(len(t.Pings.Outages), 3)] {
+		fmt.Fprintf(&b, ", %v at %.2f s", o.Duration().Round(time.Millisecond), float64(o.From.UnixMicro())/1e6-begin)
+	}
 	for i := 0; i < min(t.Pings.Sent, len(t.PingSeries)); { // the others are under way
 		n := i
 		for n < len(t.PingSeries) && math.IsNaN(t.PingSeries[n].Value) {
 			n++
 		}
 		if n > i {
-			fmt.Fprintf(&b, ", %d at %.2f s", n-i, t.PingSeries[i].Time-begin)
+			fmt.Fprintf(&b, ", %d lost at %.2f s", n-i, t.PingSeries[i].Time-begin)
 		}
 		i = n + 1
 	}
