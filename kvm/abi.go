@@ -160,8 +160,8 @@ type msrIndexList struct { // kvm_msr_list
 }
 
 type preFault struct { // kvm_pre_fault_memory
-	gpa, size, flags uint64
-	_                [5]uint64
+	gpa, size uint64
+	_         [6]uint64 // flags, of which there are none, and padding
 }
 
 type irqRouting struct { // kvm_irq_routing
