@@ -67,7 +67,7 @@ type TargetMachine interface {
 	Check(source []Fact) (differences []string)
 	// Map prepares the vCPUs for n bytes at gpa, of one region, that have come or are about to: what they would
 	// have to do about them for the first time. It is called from goroutines of its own, beside everything
-	// else until Start, and may do nothing.
+	// else, but not begun any more when the guest is this side's; it may do nothing.
 	Map(gpa, n uint64)
 	// ReserveLocks makes sure that TakeLocks will succeed once the source has released the locks,
 	// which it has offered before. Its error refuses the migration.
