@@ -93,7 +93,7 @@ func start(args []string, stdout, stderr io.Writer) error {
 	}
 	// The thread of a vCPU is in the kernel for most of the time, and has one of Go's processors there until somebody
 	// takes it away: who works finds as many as without.
-	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + max(inv.Config.SMP, 0))
+	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + min(max(inv.Config.SMP, 0), vmm.MaxCPUs))
 	return vmm.Serve(ctx, inv.Config)
 }
 

@@ -9,6 +9,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -143,13 +144,17 @@ func (m *Machine) rehearse() error {
 // migrationGC lets a heap of 16 MiB grow before it is collected while there is a migration: more than one needs.
 const migrationGC = 400
 
+// usualGC is what it is otherwise, also when one migration begins before the last has ended.
+var usualGC = sync.OnceValue(func() int { return debug.SetGCPercent(migrationGC) })
+
 func (m *Machine) runMigration(e engine) {
 	done := make(chan struct{})
 	m.migration.last, m.migration.done = e, done
 	go func() {
 		defer close(done)
 		// A collection would take CPUs from the guest, and time from its stop.
-		defer debug.SetGCPercent(debug.SetGCPercent(migrationGC))
+		defer debug.SetGCPercent(usualGC())
+		debug.SetGCPercent(migrationGC)
 		if err := e.Run(); err != nil {
 			m.log.Warn("migration: " + err.Error())
 		}
