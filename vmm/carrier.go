@@ -380,16 +380,12 @@ func (c *carrier) leaving(ask func() error) (fast bool, err error) {
 	return c.phase.fast(), err
 }
 
-// begins says that the guest is about to let go. What would come by the primary from now on is answered in vain, if
-// at all, and keeps a busy guest from getting on with that.
+// begins says that the guest is about to let go.
 func (c *carrier) begins() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.phase.fast() {
 		c.lettingGo()
-	}
-	if c.phase == asked {
-		c.do(steer.Standby)
 	}
 }
 
