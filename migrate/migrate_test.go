@@ -27,6 +27,9 @@ func (tr *trip) succeeds() {
 	}
 	tr.check(tr.to)
 	wait(tr, tr.hook.resumed, "AfterResume")
+	if tr.from.logs != 1 {
+		tr.t.Errorf("%d dirty logs are on, 1 was begun, and who has gone is not waited for to end it", tr.from.logs)
+	}
 	if tr.prep[0].undos+tr.prep[1].undos+tr.hook.undos != 0 || !tr.prep[0].taken || !tr.hook.taken {
 		tr.t.Error("what was prepared was undone")
 	}
