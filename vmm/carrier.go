@@ -21,8 +21,9 @@ import (
 //	            bus master           vectors unmasked             probed             is to go
 //	onStandby ─────────────> taking ──────────────────> serving ───────> onPrimary ──────────> asked ──────> pulled
 //	    ^                       │                          │               │   ^      stays      │ │   pull    │
-//	    │       MSI-X off       │         MSI-X off        │   MSI-X off   │   └─────────────────┘ │           │
-//	    ├───────────────────────┴──────────────────────────┴───────────────┘             MSI-X off │           │
+//	    │       MSI-X off       │         MSI-X off        │   MSI-X off   │   ├─────────────────┘ │ begins    │
+//	    ├───────────────────────┴──────────────────────────┴───────────────┘   └─────────────── going          │
+//	    │                                                                                MSI-X off │           │
 //	    │                                   ejected, or time is up                                 v           │
 //	    ├─────────────────────────────────────────────────────────────────────────────────────── letting       │
 //	    │                                   the slot is empty, or time is up                                   │
@@ -34,8 +35,9 @@ import (
 //	           for a second at most
 //	onPrimary  what is held is sent to the VF; nothing goes to the standby's side, but for copies
 //	           while Linux activates the VF's queue, which are sent to the VF as well: see settled
-//	asked      copies go there, and are held; when the guest begins, and at a pull, what is held
-//	           is forgotten but for what may be in the primary's ring
+//	asked      copies go there, and are held; at a pull what is held is forgotten but for what may be
+//	           in the primary's ring
+//	going      the same is forgotten, and nothing goes to the VF; after a second it is asked again
 //	letting    nothing goes to the VF
 //	onStandby  what is held goes to the guest
 //
@@ -69,6 +71,7 @@ const (
 	serving                // it serves it, and its probe goes on
 	onPrimary              // the guest takes frames from the primary
 	asked                  // so it does, but is to let go of it
+	going                  // it has begun to, and gets nothing by it meanwhile
 	pulled                 // it was taken away by surprise: what is seen of it is not its driver's doing
 	letting                // it has let go, and has not ejected it
 )
@@ -182,8 +185,8 @@ func (c *carrier) prime() {
 	c.do(steer.GiveMAC)
 }
 
-// How long frames are held at most for a guest that works at its primary's slot, and for the rest
-// of its driver's probe once that serves the primary. Before that, it is [virtionet.HoldTime].
+// How long frames are held at most for a guest that works at its primary's slot, and for its driver to
+// end its probe once that serves the primary, or to let go. Before that, it is [virtionet.HoldTime].
 const (
 	quietTime  = 300 * time.Millisecond
 	driverTime = time.Second
@@ -323,10 +326,12 @@ func (c *carrier) until(limit time.Duration, f func()) {
 // not done with that: see plugged.
 func (c *carrier) toStandby() {
 	c.begun()
-	c.do(steer.Standby)
-	c.warn(c.net.Announce())
 	was := c.phase
-	if c.phase = letting; was == asked {
+	if was != going {
+		c.do(steer.Standby)
+	}
+	c.warn(c.net.Announce())
+	if c.phase = letting; was == asked || was == going {
 		c.holdFor(quietTime)
 	} else {
 		c.release()
@@ -380,13 +385,29 @@ func (c *carrier) leaving(ask func() error) (fast bool, err error) {
 	return c.phase.fast(), err
 }
 
-// begins says that the guest is about to let go.
+// begins says that the guest is about to let go. What would come by the primary from now on is answered in vain, if
+// at all, and keeps a busy guest from getting on with that. One that does not get on gets it in the end.
 func (c *carrier) begins() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.phase.fast() {
-		c.lettingGo()
+	if !c.phase.fast() {
+		return
 	}
+	c.lettingGo()
+	if c.phase != asked {
+		return
+	}
+	c.phase = going
+	c.do(steer.Standby)
+	c.until(driverTime, func() {
+		c.phase, c.since = asked, time.Time{}
+		c.handOver(func(int, int) {
+			if c.phase == asked {
+				c.warn(c.net.Hold())
+				c.do(steer.Both)
+			}
+		})
+	})
 }
 
 // lettingGo is for a primary from which its driver has taken all frames until now.
@@ -402,7 +423,7 @@ func (c *carrier) pull() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.phase.fast() {
-		c.phase = pulled
+		c.phase, c.limit = pulled, nil
 		c.begun()
 		c.net.Forget(c.since.Add(-drainTime))
 	}
@@ -418,18 +439,22 @@ const (
 	drainTime = 200 * time.Millisecond
 )
 
-// stays says that the guest keeps the primary: it had all frames.
+// stays says that the guest keeps the primary: it had all frames, unless it had begun to let go.
 func (c *carrier) stays() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if !c.phase.fast() {
 		return
 	}
-	c.do(steer.Primary)
-	_, _, err := c.net.TakeHeld()
-	c.warn(err)
+	if c.phase != going {
+		c.net.Forget(time.Now())
+	}
 	c.phase, c.since = onPrimary, time.Time{}
-	c.has()
+	c.handOver(func(int, int) {
+		if c.phase == onPrimary {
+			c.has()
+		}
+	})
 }
 
 // left says that the guest has let go, for a driver that did not say so.
