@@ -43,7 +43,9 @@ type machine struct {
 	throttle []int
 	loaded   []string
 	flushes  int
-	logs     int // dirty logs that are on
+	logs     int              // dirty logs that are on
+	log      *guestmem.Bitmap // what it has, as KVM's in its manual mode
+	open     *guestmem.Bitmap // what of that has been reported, and is not watched again
 	facts    []Fact
 	version  uint16 // of the section cpu
 	failAt   string // the method that fails
@@ -373,7 +375,7 @@ func (m *machine) Sections() []Section {
 	}
 }
 
-// dirtyLog is the log that guestmem keeps.
+// dirtyLog is what guestmem logs, as a [Protector].
 type dirtyLog struct{ m *machine }
 
 func (d dirtyLog) Start() error {
@@ -382,6 +384,11 @@ func (d dirtyLog) Start() error {
 	if err == nil {
 		d.m.logs++
 		d.m.mem.StartDirtyLog()
+		d.m.log = guestmem.NewBitmap(d.m.mem)
+		for _, r := range d.m.mem.Regions() {
+			d.m.log.Set(r.GPA, r.Size)
+		}
+		d.m.open = d.m.log
 	}
 	return err
 }
@@ -389,7 +396,30 @@ func (d dirtyLog) Start() error {
 func (d dirtyLog) Sync(b *guestmem.Bitmap) error {
 	unlock, err := d.m.alive("Sync")
 	defer unlock()
-	d.m.mem.SyncDirtyLog(b)
+	d.m.mem.SyncDirtyLog(d.m.log)
+	b.Or(d.m.log)
+	d.m.open = guestmem.NewBitmap(d.m.mem)
+	d.m.open.Or(d.m.log)
+	return err
+}
+
+func (d dirtyLog) Protect(gpa, size uint64) error {
+	unlock, err := d.m.alive("Protect")
+	defer unlock()
+	d.m.mem.SyncDirtyLog(d.m.log)
+	log, open := guestmem.NewBitmap(d.m.mem), guestmem.NewBitmap(d.m.mem)
+	for at, n := range d.m.log.Runs() {
+		for page := at; page < at+n; page += guestmem.PageSize {
+			switch {
+			case !d.m.open.Test(page):
+				log.Set(page, 1)
+			case page-gpa >= size:
+				log.Set(page, 1)
+				open.Set(page, 1)
+			}
+		}
+	}
+	d.m.log, d.m.open = log, open
 	return err
 }
 

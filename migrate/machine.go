@@ -110,15 +110,24 @@ type Section interface {
 // DirtySource knows of pages that were written: KVM, the VMM itself, vhost. The sources of
 // one machine are called one after the other.
 type DirtySource interface {
-	// Start begins to watch: a write that begins after it has returned is in a later Sync.
+	// Start begins to watch: a write that begins after it has returned is in a later Sync; of a [Protector], one
+	// that begins after Protect.
 	Start() error
-	// Sync adds to b the pages that were written since Start or the last Sync and forgets them.
+	// Sync adds to b the pages that were written since Start or the last Sync and forgets them, but for a Protector's.
 	// A write that it does not report is in the next Sync. It may be called while the guest
 	// runs, and is called once more after Pause.
 	Sync(b *guestmem.Bitmap) error
 	// Stop ends the watch. It is called for every source that was started, when the guest goes on
 	// here, after Resume. For one that has gone it is not: nobody waits for what it takes.
 	Stop() error
+}
+
+// Protector is a DirtySource that watches a page again only when it is told to: a guest that writes to one that is
+// watched is stopped for a moment, and what it writes before the page has been read anew need not be sent again.
+type Protector interface {
+	// Protect watches again what Start, which reports all, or Sync has reported of the size bytes at gpa, of one
+	// region. What has not been watched again by the next Sync is in there once more.
+	Protect(gpa, size uint64) error
 }
 
 // Preparer is what has to be done to the source's guest before it can move, such as taking its

@@ -64,17 +64,15 @@ func (s *Source) precopy() error {
 			return fmt.Errorf("dirty pages: %w", err)
 		}
 		s.watched = append(s.watched, d)
+		if p, ok := d.(Protector); ok {
+			senders.protectors = append(senders.protectors, p)
+		}
 	}
 	for _, r := range mem.Regions() {
 		s.sending.Set(r.GPA, r.Size)
 	}
 	begin := time.Now()
-	touched := guestmem.NewBitmap(mem) // now that writes are watched
-	if err := mem.Touched(touched); err != nil {
-		s.log("all RAM has to be read: %v", err)
-		touched = nil
-	}
-	senders.touched(touched)
+	senders.touched = guestmem.NewBitmap(mem)
 	s.note(func(st *Stats) { st.RAM.DirtySync = 1 })
 	// The stop has two exchanges with the target, which take as long whatever there is of RAM.
 	overhead := min(2*s.answered, time.Duration(s.settings().DowntimeLimit)*time.Millisecond/10)
@@ -95,7 +93,7 @@ func (s *Source) precopy() error {
 			return err
 		}
 		busy += time.Since(sent)
-		senders.touched(nil)
+		senders.touched = nil
 		s.dirty.Clear()
 		look := time.Now()
 		if err := s.sync(s.dirty); err != nil {
@@ -129,7 +127,7 @@ func (s *Source) precopy() error {
 		})
 		s.log("round %d: %s in %s (%s/s), then %s dirty (%s/s, found in %s), stop would take %s: %s", n, size(float64(bytes)),
 			look.Sub(start).Round(time.Millisecond), size(sample.Bandwidth), size(float64(sample.Remaining)),
-			size(sample.DirtyRate), now.Sub(look).Round(time.Microsecond), d.ExpectedDowntime.Round(time.Millisecond/10), orElse(d.Reason, "next round"))
+			size(sample.DirtyRate), (now.Sub(look) + senders.protecting).Round(time.Microsecond), d.ExpectedDowntime.Round(time.Millisecond/10), orElse(d.Reason, "next round"))
 		if err := context.Cause(s.ctx); err != nil {
 			return err
 		}

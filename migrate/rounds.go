@@ -3,6 +3,7 @@ package migrate
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -14,12 +15,23 @@ import (
 // block is what a sender takes at a time, in bytes: whole words of the bitmap.
 const block = 1 << 20
 
+// lookAhead is how many blocks are looked after at a time before they are read: see read. What the guest writes to them
+// until then costs it nothing, and to do so for each block would interrupt it more often.
+const lookAhead = 8
+
 // senders send the pages of one round after the other over all connections that carry RAM.
 type senders struct {
 	mem   *guestmem.Memory
 	conns []*wire.Conn
 	batch [][2]*wire.Batch // for each: one is filled while the other is written
 	limit limiter
+
+	protectors []Protector      // to be told what is read; nil: the guest has been stopped
+	touched    *guestmem.Bitmap // in the first round: pages that may be other than zeros
+
+	mu         sync.Mutex
+	ready      uint64        // blocks that may be read
+	protecting time.Duration // in this round
 
 	blocks    uint64        // of all regions
 	next      atomic.Uint64 // block that no sender has taken
@@ -52,24 +64,38 @@ func newSenders(m *guestmem.Memory, p Params, conns []*wire.Conn) (*senders, err
 	return s, nil
 }
 
-// touched are pages that may be other than zeros; nil is all. No round is under way.
-func (s *senders) touched(set *guestmem.Bitmap) {
-	for _, b := range s.batch {
-		b[0].Touched(set)
-		b[1].Touched(set)
-	}
-}
-
-// at is where a block is in guest memory.
-func (s *senders) at(i uint64) (gpa, size uint64) {
+// at is where up to n blocks from block i on, of one region, are in guest memory.
+func (s *senders) at(i, n uint64) (gpa, size uint64) {
 	for _, r := range s.mem.Regions() {
-		n := (r.Size + block - 1) / block
-		if i < n {
-			return r.GPA + i*block, min(block, r.Size-i*block)
+		blocks := (r.Size + block - 1) / block
+		if i < blocks {
+			return r.GPA + i*block, min(n*block, r.Size-i*block)
 		}
-		i -= n
+		i -= blocks
 	}
 	return 0, 0
+}
+
+// read says that block i is to be read, and so may be those before it: what the guest writes to them from now on is
+// for the next round, and what nobody has touched by now need not be read.
+func (s *senders) read(i uint64) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for s.ready <= i {
+		gpa, size := s.at(s.ready, lookAhead)
+		begin := time.Now()
+		for _, p := range s.protectors {
+			if err := p.Protect(gpa, size); err != nil {
+				return fmt.Errorf("dirty pages: %w", err)
+			}
+		}
+		s.protecting += time.Since(begin)
+		if s.touched != nil && s.mem.Touched(s.touched, gpa, size) != nil {
+			s.touched.Set(gpa, size) // all of it has to be read
+		}
+		s.ready += (size + block - 1) / block
+	}
+	return nil
 }
 
 // send sends the pages of a set as round n, until a time if that is not zero. Rate is the limit in bytes per second, 0 for none. It
@@ -77,6 +103,11 @@ func (s *senders) at(i uint64) (gpa, size uint64) {
 // in which the limit did not make it wait.
 func (s *senders) send(ctx context.Context, n int, pages *guestmem.Bitmap, until time.Time, rate func() uint64) (bytes uint64, busy time.Duration, err error) {
 	s.next.Store(0)
+	s.ready, s.protecting = 0, 0
+	for _, b := range s.batch {
+		b[0].Touched(s.touched)
+		b[1].Touched(s.touched)
+	}
 	s.failed.Store(false)
 	s.remaining.Store(int64(pages.Count() * guestmem.PageSize))
 	begin, normal := time.Now(), s.normal.Load()
@@ -119,7 +150,10 @@ func (s *senders) worker(ctx context.Context, c *wire.Conn, batches [2]*wire.Bat
 		if i >= s.blocks {
 			break
 		}
-		for gpa, n := range pages.RunsIn(s.at(i)) {
+		if err := s.read(i); err != nil {
+			return err
+		}
+		for gpa, n := range pages.RunsIn(s.at(i, 1)) {
 			for n > 0 {
 				took, err := b.Add(gpa, n)
 				if err != nil {
@@ -156,7 +190,7 @@ func (s *senders) write(ctx context.Context, c *wire.Conn, b *wire.Batch, rate f
 // unsent adds to b what the round that was cut short has left.
 func (s *senders) unsent(pages, b *guestmem.Bitmap) {
 	for i := s.next.Load(); i < s.blocks; i++ {
-		for gpa, n := range pages.RunsIn(s.at(i)) {
+		for gpa, n := range pages.RunsIn(s.at(i, 1)) {
 			b.Set(gpa, n)
 		}
 	}

@@ -489,6 +489,7 @@ func (s *Source) stopGuest() (err error) {
 		return err
 	}
 	lap(&d.Sync)
+	s.senders.protectors = nil // nobody writes any more
 	if _, _, err := s.round(round, time.Time{}, func() uint64 { return 0 }); err != nil {
 		return err
 	}

@@ -23,16 +23,12 @@ func (w ownWrites) Sync(b *guestmem.Bitmap) error { w.mem.SyncDirtyLog(b); retur
 // Stop implements migrate.DirtySource.
 func (w ownWrites) Stop() error { w.mem.StopDirtyLog(); return nil }
 
-// logChunk is how many pages KVM protects again at a time: it holds the lock of the VM's page
-// tables meanwhile, for which every page fault of the guest waits. A multiple of 64.
-const logChunk = 64 << 10
-
 // kvmLog is what the guest writes, by KVM's log of each region. In the kernel's manual mode
-// a page is protected again only when it is cleared, in chunks.
+// a page is protected again only when it is cleared.
 type kvmLog struct {
 	vm    *kvm.VM
 	mem   *guestmem.Memory
-	words [][]uint64 // by region
+	words [][]uint64 // by region: pages that have been reported, and are not protected again
 }
 
 func newKVMLog(vm *kvm.VM, mem *guestmem.Memory) *kvmLog {
@@ -51,54 +47,50 @@ func (l *kvmLog) setMemory(flags kvm.MemFlags) (err error) {
 	return err
 }
 
-// Start implements migrate.DirtySource. The kernel begins with every page in the log and none
-// protected, so all of them are cleared.
+// Start implements migrate.DirtySource. The kernel begins with every page in the log and none protected.
 func (l *kvmLog) Start() error {
 	if err := l.vm.EnableManualDirtyLog(); err != nil {
 		return err
 	}
-	err := l.setMemory(kvm.MemLogDirty)
-	if err == nil {
-		for slot, words := range l.words {
-			for i := range words {
-				words[i] = ^uint64(0)
-			}
-			err = errors.Join(err, l.clear(slot))
-		}
-	}
-	if err != nil {
+	if err := l.setMemory(kvm.MemLogDirty); err != nil {
 		return errors.Join(err, l.setMemory(0))
+	}
+	for _, words := range l.words {
+		for i := range words {
+			words[i] = ^uint64(0)
+		}
 	}
 	return nil
 }
 
-// Sync implements migrate.DirtySource. What is written between the reading and the clearing of
-// a page has been read as written: who asked reads the page after both.
+// Sync implements migrate.DirtySource.
 func (l *kvmLog) Sync(b *guestmem.Bitmap) error {
 	for slot, words := range l.words {
 		if err := l.vm.GetDirtyLog(uint32(slot), words); err != nil {
 			return err
 		}
 		b.OrWords(slot, words)
-		if err := l.clear(slot); err != nil {
-			return err
-		}
 	}
 	return nil
 }
 
-// clear protects the pages in the region's words again. Chunks without any are left out.
-func (l *kvmLog) clear(slot int) error {
-	pages := l.mem.Regions()[slot].Size / guestmem.PageSize
-	for first := uint64(0); first < pages; first += logChunk {
-		n := min(logChunk, pages-first)
-		words := l.words[slot][first/64:][:(n+63)/64]
-		if empty(words) {
+// Protect implements migrate.Protector. KVM holds the lock of the VM's page tables meanwhile, for which every page
+// fault of the guest waits.
+func (l *kvmLog) Protect(gpa, size uint64) error {
+	for slot, r := range l.mem.Regions() {
+		if gpa-r.GPA >= r.Size {
 			continue
 		}
-		if err := l.vm.ClearDirtyLog(uint32(slot), first, uint32(n), words); err != nil {
+		first, end := (gpa-r.GPA)/guestmem.PageSize/64, (gpa-r.GPA+size+guestmem.PageSize*64-1)/guestmem.PageSize/64
+		words := l.words[slot][first:end]
+		if empty(words) {
+			return nil
+		}
+		n := min(end*64, r.Size/guestmem.PageSize) - first*64
+		if err := l.vm.ClearDirtyLog(uint32(slot), first*64, uint32(n), words); err != nil {
 			return err
 		}
+		clear(words)
 	}
 	return nil
 }

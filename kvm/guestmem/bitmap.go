@@ -155,31 +155,32 @@ func (r pages) next(page, same uint64) uint64 {
 	return r.count
 }
 
-// Touched adds to b the pages that the host has memory for, by /proc/self/pagemap; all others are
-// zeros, which nobody has to read to know. What is touched meanwhile may be missing.
-func (m *Memory) Touched(b *Bitmap) error {
+// Touched adds to b those of the n bytes at gpa, whole pages of one region, that the host has memory for, by
+// /proc/self/pagemap; all others are zeros, which nobody has to read to know. What is touched meanwhile may be missing.
+func (m *Memory) Touched(b *Bitmap, gpa, n uint64) error {
+	window, err := m.Bytes(gpa, n)
+	if err != nil {
+		return err
+	}
 	f, err := os.Open("/proc/self/pagemap")
 	if err != nil {
 		return fmt.Errorf("guest memory: %w", err)
 	}
 	defer f.Close()
 	const entrySize, presentOrSwapped = 8, 3 << 62 // Documentation/admin-guide/mm/pagemap.rst
-	buf := make([]byte, 64<<10)
-	for i, r := range m.regions {
-		words := b.regions[i].words
-		at := int64(address(r.Host)) / PageSize * entrySize
-		for page := uint64(0); page < r.Size/PageSize; {
-			n := min(uint64(len(buf)), (r.Size/PageSize-page)*entrySize)
-			if _, err := f.ReadAt(buf[:n], at+int64(page*entrySize)); err != nil {
-				return fmt.Errorf("guest memory: %w", err)
-			}
-			for e := buf[:n]; len(e) > 0; e = e[entrySize:] {
-				if binary.LittleEndian.Uint64(e)&presentOrSwapped != 0 {
-					or(&words[page/64], 1<<(page%64))
-				}
-				page++
-			}
+	entries := make([]byte, n/PageSize*entrySize)
+	if _, err := f.ReadAt(entries, int64(address(window))/PageSize*entrySize); err != nil {
+		return fmt.Errorf("guest memory: %w", err)
+	}
+	there := func(page uint64) bool {
+		return page < n/PageSize && binary.LittleEndian.Uint64(entries[page*entrySize:])&presentOrSwapped != 0
+	}
+	for page := uint64(0); page < n/PageSize; page++ {
+		first := page
+		for there(page) {
+			page++
 		}
+		b.Set(gpa+first*PageSize, (page-first)*PageSize)
 	}
 	return nil
 }

@@ -168,8 +168,10 @@ func TestTouched(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := m.Touched(b); err != nil {
-		t.Fatal(err)
+	for _, r := range m.Regions() {
+		if err := m.Touched(b, r.GPA, r.Size); err != nil {
+			t.Fatal(err)
+		}
 	}
 	// Others may be there, too, with huge pages.
 	for _, page := range []uint64{0, 1, 65, 129} {
