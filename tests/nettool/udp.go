@@ -38,6 +38,8 @@ const (
 	// rateStep is the time over which Rate counts.
 	rateStep = 20 * time.Millisecond
 	size     = 64 // of a datagram, in bytes
+	// segments are as many as Linux takes at a time (UDP_MAX_SEGMENTS).
+	segments = 64
 )
 
 // Wait waits until datagrams come.
@@ -88,7 +90,7 @@ func StartDatagrams(local, to string, rate int) (*Datagrams, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := errors.Join(os.NewSyscallError("bind", unix.Bind(fd, from)), set(fd, unix.SOL_UDP, unix.UDP_GRO, 1), set(fd, unix.SOL_SOCKET, unix.SO_TIMESTAMPNS, 1)); err != nil {
+	if err := errors.Join(os.NewSyscallError("bind", unix.Bind(fd, from)), set(fd, unix.SOL_UDP, unix.UDP_GRO, 1), set(fd, unix.SOL_UDP, unix.UDP_SEGMENT, size), set(fd, unix.SOL_SOCKET, unix.SO_TIMESTAMPNS, 1)); err != nil {
 		unix.Close(fd)
 		return nil, fmt.Errorf("datagrams from %s: %w", local, err)
 	}
@@ -117,7 +119,7 @@ func (d *Datagrams) run(fd int, to unix.Sockaddr, rate int) {
 	ticks := time.NewTicker(beat)
 	defer ticks.Stop()
 	last, due := time.Now(), 0.0
-	packet, buf, control := make([]byte, size), make([]byte, 64<<10), make([]byte, 256)
+	packets, buf, control := make([]byte, 0, segments*size), make([]byte, 64<<10), make([]byte, 256)
 	for {
 		select {
 		case now := <-ticks.C:
@@ -127,12 +129,16 @@ func (d *Datagrams) run(fd int, to unix.Sockaddr, rate int) {
 		case <-d.stop:
 			return
 		}
-		for ; due >= 1; due-- {
+		for due >= 1 {
+			packets = packets[:0]
 			d.mu.Lock()
-			binary.BigEndian.PutUint64(packet, d.sent)
-			d.sent++
+			for ; due >= 1 && len(packets) < cap(packets); due-- {
+				packets = packets[:len(packets)+size]
+				binary.BigEndian.PutUint64(packets[len(packets)-size:], d.sent)
+				d.sent++
+			}
 			d.mu.Unlock()
-			_ = unix.Sendto(fd, packet, 0, to) // nobody may be there
+			_ = unix.Sendto(fd, packets, 0, to) // nobody may be there
 		}
 		for {
 			n, m, _, _, err := unix.Recvmsg(fd, buf, control, 0)
