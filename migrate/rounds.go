@@ -23,7 +23,7 @@ const lookAhead = 8
 type senders struct {
 	mem   *guestmem.Memory
 	conns []*wire.Conn
-	batch [][2]*wire.Batch // for each: one is filled while the other is written
+	batch []*wire.Batch // for each
 	limit limiter
 
 	protectors []Protector      // to be told what is read; nil: the guest has been stopped
@@ -47,15 +47,13 @@ func newSenders(m *guestmem.Memory, p Params, conns []*wire.Conn) (*senders, err
 	if err != nil {
 		return nil, err
 	}
-	s.batch = make([][2]*wire.Batch, len(conns))
+	s.batch = make([]*wire.Batch, len(conns))
 	for i := range s.batch {
-		for j := range s.batch[i] {
-			if s.batch[i][j], err = wire.NewBatch(m, c, int(p.MultifdZstdLevel), p.ZeroPageDetection != "none"); err != nil {
-				return nil, err
-			}
-			if wire.SlowCRC() {
-				s.batch[i][j].Digest()
-			}
+		if s.batch[i], err = wire.NewBatch(m, c, int(p.MultifdZstdLevel), p.ZeroPageDetection != "none"); err != nil {
+			return nil, err
+		}
+		if wire.SlowCRC() {
+			s.batch[i].Digest()
 		}
 	}
 	for _, r := range m.Regions() {
@@ -105,8 +103,7 @@ func (s *senders) send(ctx context.Context, n int, pages *guestmem.Bitmap, until
 	s.next.Store(0)
 	s.ready, s.protecting = 0, 0
 	for _, b := range s.batch {
-		b[0].Touched(s.touched)
-		b[1].Touched(s.touched)
+		b.Touched(s.touched)
 	}
 	s.failed.Store(false)
 	s.remaining.Store(int64(pages.Count() * guestmem.PageSize))
@@ -129,22 +126,9 @@ func (s *senders) send(ctx context.Context, n int, pages *guestmem.Bitmap, until
 	return (s.normal.Load() - normal) * guestmem.PageSize, max(busy, time.Microsecond), errors.Join(errs...)
 }
 
-// worker sends blocks until there is none. One batch is filled while the one before is written.
-func (s *senders) worker(ctx context.Context, c *wire.Conn, batches [2]*wire.Batch, pages *guestmem.Bitmap, until time.Time, rate func() uint64) (err error) {
-	b, other := batches[0], batches[1]
-	written := make(chan error, 1) // how it was to write other
-	written <- nil
-	defer func() { err = errors.Join(err, <-written) }()
-	flush := func() error {
-		b.Seal()
-		if err := <-written; err != nil {
-			written <- nil
-			return err
-		}
-		b, other = other, b
-		go func(b *wire.Batch) { written <- s.write(ctx, c, b, rate) }(other)
-		return nil
-	}
+// worker sends blocks until there is none. It does not fill a batch while the one before is written: the guest and the
+// target want CPUs as well, and for more at once there are channels.
+func (s *senders) worker(ctx context.Context, c *wire.Conn, b *wire.Batch, pages *guestmem.Bitmap, until time.Time, rate func() uint64) error {
 	for !s.failed.Load() && (until.IsZero() || time.Now().Before(until)) {
 		i := s.next.Add(1) - 1
 		if i >= s.blocks {
@@ -161,7 +145,7 @@ func (s *senders) worker(ctx context.Context, c *wire.Conn, batches [2]*wire.Bat
 				}
 				gpa, n = gpa+took, n-took
 				if n > 0 || b.Full() {
-					if err := flush(); err != nil {
+					if err := s.write(ctx, c, b, rate); err != nil {
 						return err
 					}
 				}
@@ -171,7 +155,7 @@ func (s *senders) worker(ctx context.Context, c *wire.Conn, batches [2]*wire.Bat
 			return context.Cause(ctx)
 		}
 	}
-	return flush()
+	return s.write(ctx, c, b, rate)
 }
 
 // write writes a batch, and waits until the next may follow.

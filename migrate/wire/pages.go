@@ -64,7 +64,6 @@ type Batch struct {
 	frame   []byte // room for the header, the head and maxRuns runs, then data
 	data    []byte // of frame
 	packed  []byte // the same when it is compressed
-	sealed  []byte // the frame, nil: not yet
 	pages   uint64 // in data
 	nzero   uint64 // zero pages
 	nextGPA uint64 // of the last run, and its kind, so that it can grow
@@ -176,20 +175,16 @@ const beforeData = headerSize + batchSize + maxRuns*runSize
 
 // Send writes the batch as a frame, if there is something in it, and empties it.
 func (b *Batch) Send(c *Conn) error {
-	b.Seal()
-	frame := b.sealed
-	b.runs, b.data, b.pages, b.nzero, b.sealed = b.runs[:0], b.data[:0], 0, 0, nil
-	if frame == nil {
+	if len(b.runs) == 0 {
 		return nil
 	}
+	frame := b.seal()
+	b.runs, b.data, b.pages, b.nzero = b.runs[:0], b.data[:0], 0, 0
 	return c.writeAll(frame)
 }
 
-// Seal does what of Send is not writing. Nothing can be added after it.
-func (b *Batch) Seal() {
-	if len(b.runs) == 0 || b.sealed != nil {
-		return
-	}
+// seal makes the frame.
+func (b *Batch) seal() []byte {
 	frame, data, how := b.frame, b.data, None
 	if packed := b.pack(); len(packed) < len(data) {
 		frame, data, how = b.packed, packed, b.compression
@@ -212,7 +207,7 @@ func (b *Batch) Seal() {
 		crc = updateCRC(0, frame[headerSize:])
 	}
 	Header{TypePages, uint32(len(frame) - headerSize), crc}.put(frame)
-	b.sealed = frame
+	return frame
 }
 
 // pack compresses the data; what is no shorter is not wanted.
