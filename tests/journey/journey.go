@@ -12,6 +12,7 @@
 package journey
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -42,12 +43,15 @@ const (
 	late     = 100 // pings after the last step: what it has lost, or held, shows in them
 )
 
-// UDPRate is how many datagrams a second go each way; an emulated host has no time for so many.
+// ManyDatagrams are more a second each way than a guest with an emulated CPU can send, or take with much else to do.
+const ManyDatagrams = 2000
+
+// UDPRate is how many datagrams a second go each way, unless a [Way] says otherwise.
 func UDPRate() int {
 	if harness.Emulated() {
 		return 100
 	}
-	return 2000
+	return ManyDatagrams
 }
 
 // World is two hosts and a peer, on one wire.
@@ -135,6 +139,8 @@ type Way struct {
 	Args    []string // further ones
 	Driver  string   // of the primary, that a guest has to load; "": it does so by itself
 	Quiet   bool     // no load
+	// Datagrams a second each way; 0: UDPRate.
+	Datagrams int
 }
 
 // QEMU says whether it is.
@@ -284,10 +290,9 @@ func (t *Trip) Phase(name string) float64 {
 	return -1
 }
 
-// Load starts what the peer and the guest do meanwhile.
-func (w *World) Load(ctx context.Context, m *Machine) *Load {
+// Load starts what the peer and the guest do meanwhile, with so many datagrams a second each way.
+func (w *World) Load(ctx context.Context, m *Machine, rate int) *Load {
 	w.T.Helper()
-	rate := UDPRate()
 	l := &Load{w: w, pinger: w.Peer.Pinger(GuestIP, pings)}
 	local, guest := fmt.Sprintf("%s:%d", PeerIP, peerPort), fmt.Sprintf("%s:%d", GuestIP, peerPort)
 	m.Output(ctx, "@udp", guest, local, fmt.Sprint(rate)) // first: it may still send those of the last trip
@@ -359,7 +364,7 @@ func (w *World) Travel(ctx context.Context, way Way, from, to *Machine) *Trip {
 	full := w.tapDrops()
 	var load *Load
 	if !way.Quiet {
-		load = w.Load(ctx, from)
+		load = w.Load(ctx, from, cmp.Or(way.Datagrams, UDPRate()))
 	}
 	if way.Script {
 		go func() {
