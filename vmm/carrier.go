@@ -57,6 +57,7 @@ type carrier struct {
 	vf      steer.VF // it, as its PF has it
 	phase   phase
 	looks   bool        // the guest is at the slot of a primary that has been plugged
+	plug    time.Time   // when that was
 	since   time.Time   // when the old way ended, as far as is known; zero: it has not
 	limit   *time.Timer // releases what is held, unless something else has; nil: there is none
 	last    []switched
@@ -197,7 +198,7 @@ const (
 func (c *carrier) plugged() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.looks = true
+	c.looks, c.plug = true, time.Now()
 	if c.phase == onStandby {
 		c.holdFor(quietTime)
 	}
@@ -283,8 +284,9 @@ func (c *carrier) present() {
 }
 
 // settleTime is what a guest is given to do what its driver's probe has left: Linux deactivates
-// the queue of a primary without a carrier, which waits for all other CPUs. KickTime is what it is
-// given to activate the queue of one that has a carrier: until then it throws away what it sends by that.
+// the queue of a primary without a carrier, which waits for all other CPUs. KickTime is what it is at least
+// given to activate the queue of one that has a carrier: until then it throws away what it sends by that. A busy
+// one, which has taken long to deal with its slot, takes longer for that as well.
 const (
 	settleTime = 300 * time.Millisecond
 	kickTime   = 400 * time.Millisecond
@@ -296,6 +298,10 @@ const (
 // interrupts, or in two seconds. To be interrupted for nothing is nothing to a driver. What comes
 // meanwhile comes to it once more.
 func (c *carrier) settled() {
+	kick := kickTime
+	if !c.plug.IsZero() {
+		kick = min(max(kick, time.Since(c.plug)/4), virtionet.HoldTime)
+	}
 	time.AfterFunc(settleTime, func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
@@ -305,7 +311,7 @@ func (c *carrier) settled() {
 		c.do(steer.Both)
 		c.warn(c.net.Hold())
 		c.kick()
-		c.until(kickTime, func() { c.handOver(func(int, int) {}) })
+		c.until(kick, func() { c.handOver(func(int, int) {}) })
 	})
 }
 
