@@ -1,26 +1,21 @@
 package migrate
 
 import (
-	"sync"
 	"sync/atomic"
 
 	"baton/kvm/guestmem"
 )
 
-// prefault has the kernel find, and clear, the pages for guest memory that is about to come: that
-// costs more than to receive it. Only what follows what came is touched, so that RAM
-// of zeros stays free, and by other threads, so that it is paid for beside the network.
+// prefault has the vCPUs find the guest memory that has come, before they run. To have the memory itself made before it
+// is written to, by other threads, would take CPUs from the network, and was slower.
 type prefault struct {
 	regions []guestmem.Region
-	blocks  [][]atomic.Uint32 // of each region: see below
-	queue   chan faulting
-	sweep   chan struct{}       // a round has ended
 	mapping func(gpa, n uint64) // TargetMachine.Map
-	mapped  [][]atomic.Bool     // by it, of each region
+	came    [][]atomic.Bool     // blocks of each region
+	mapped  [][]bool            // run's
+	queue   chan faulting       // blocks that have come
+	sweep   chan struct{}       // a round has ended
 	starts  atomic.Bool         // the guest does: no more of that
-
-	mu   sync.Mutex
-	done *sync.Cond // a block has become there
 }
 
 // faulting is a block that is queued.
@@ -29,34 +24,40 @@ type faulting struct {
 	block  uint64
 }
 
-// States of a block.
-const (
-	absent  = iota
-	queued  // for another thread
-	working // by one
-	there   // or on the way to be, by who receives it
-)
-
-const (
-	hugePage = 2 << 20  // the unit, in bytes: what the kernel may map at once
-	ahead    = 2        // blocks that are prepared: what is never needed has cost time as well
-	bulk     = 64 << 10 // bytes that let expect more
-	// prefaulters is the most threads that do it.
-	prefaulters = 4
-)
+// hugePage is a block, in bytes: what the kernel may map at once.
+const hugePage = 2 << 20
 
 func newPrefault(m *guestmem.Memory, mapping func(gpa, n uint64)) *prefault {
-	p := &prefault{regions: m.Regions(), queue: make(chan faulting, 4*ahead), sweep: make(chan struct{}, 1), mapping: mapping}
-	p.done = sync.NewCond(&p.mu)
+	p := &prefault{regions: m.Regions(), mapping: mapping, queue: make(chan faulting, 16), sweep: make(chan struct{}, 1)}
 	for _, r := range p.regions {
 		n := (r.Size + hugePage - 1) / hugePage
-		p.blocks = append(p.blocks, make([]atomic.Uint32, n))
-		p.mapped = append(p.mapped, make([]atomic.Bool, n))
+		p.came = append(p.came, make([]atomic.Bool, n))
+		p.mapped = append(p.mapped, make([]bool, n))
 	}
 	return p
 }
 
-// roundEnded has what came without being waited for mapped, too.
+// coming is called before the n bytes at gpa, of one region, are written. Where a block begins, the one before it has
+// come; what else has, roundEnded finds.
+func (p *prefault) coming(gpa, n uint64) {
+	for i, r := range p.regions {
+		off := gpa - r.GPA
+		if off >= r.Size {
+			continue
+		}
+		for b := off / hugePage; b <= (off+n-1)/hugePage; b++ {
+			if p.came[i][b].Load() || p.came[i][b].Swap(true) || b == 0 || !p.came[i][b-1].Load() {
+				continue
+			}
+			select {
+			case p.queue <- faulting{i, b - 1}:
+			default:
+			}
+		}
+	}
+}
+
+// roundEnded has all mapped that has come.
 func (p *prefault) roundEnded() {
 	select {
 	case p.sweep <- struct{}{}:
@@ -64,18 +65,14 @@ func (p *prefault) roundEnded() {
 	}
 }
 
-// memory is a block's.
-func (f faulting) memory(r guestmem.Region) (gpa uint64, b []byte) {
-	off := f.block * hugePage
-	return r.GPA + off, r.Host[off:min(off+hugePage, r.Size)]
-}
-
-// mapIt has the vCPUs find a block that is there, unless they do.
+// mapIt has the vCPUs find a block, unless they do.
 func (p *prefault) mapIt(f faulting) {
-	if !p.starts.Load() && p.mapped[f.region][f.block].CompareAndSwap(false, true) {
-		gpa, b := f.memory(p.regions[f.region])
-		p.mapping(gpa, uint64(len(b)))
+	if p.starts.Load() || p.mapped[f.region][f.block] {
+		return
 	}
+	p.mapped[f.region][f.block] = true
+	r, off := p.regions[f.region], f.block*hugePage
+	p.mapping(r.GPA+off, min(hugePage, r.Size-off))
 }
 
 // run works until the channel is closed.
@@ -83,19 +80,11 @@ func (p *prefault) run(stop <-chan struct{}) {
 	for {
 		select {
 		case f := <-p.queue:
-			if s := &p.blocks[f.region][f.block]; s.CompareAndSwap(queued, working) {
-				_, memory := f.memory(p.regions[f.region])
-				populate(memory)
-				p.mu.Lock()
-				s.Store(there)
-				p.mu.Unlock()
-				p.done.Broadcast()
-				p.mapIt(f)
-			}
+			p.mapIt(f)
 		case <-p.sweep:
-			for region, blocks := range p.blocks {
+			for region, blocks := range p.came {
 				for b := range blocks {
-					if blocks[b].Load() == there {
+					if blocks[b].Load() {
 						p.mapIt(faulting{region, uint64(b)})
 					}
 				}
@@ -104,45 +93,4 @@ func (p *prefault) run(stop <-chan struct{}) {
 			return
 		}
 	}
-}
-
-// coming is called before the n bytes at gpa, of one region, are written.
-func (p *prefault) coming(gpa, n uint64) {
-	for i, r := range p.regions {
-		off := gpa - r.GPA
-		if off >= r.Size {
-			continue
-		}
-		first, last := off/hugePage, (off+n-1)/hugePage
-		if n >= bulk {
-			for b := last + 1; b <= last+ahead && b < uint64(len(p.blocks[i])); b++ {
-				p.prepare(i, b)
-			}
-		}
-		for b := first; b <= last; b++ {
-			s := &p.blocks[i][b]
-			if s.Load() == there || s.CompareAndSwap(absent, there) || s.CompareAndSwap(queued, there) {
-				continue
-			}
-			p.mu.Lock()
-			for s.Load() == working {
-				p.done.Wait()
-			}
-			p.mu.Unlock()
-		}
-	}
-}
-
-// prepare queues a block, if nobody has.
-func (p *prefault) prepare(region int, b uint64) {
-	s := &p.blocks[region][b]
-	if s.Load() != absent {
-		return
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if len(p.queue) == cap(p.queue) || !s.CompareAndSwap(absent, queued) {
-		return
-	}
-	p.queue <- faulting{region, b}
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -204,9 +203,7 @@ func (t *Target) Run() error {
 	defer t.cancel(nil)
 	t.prefault = newPrefault(t.m.Memory(), t.m.Map)
 	t.sink.Coming = t.prefault.coming
-	for range min((runtime.NumCPU()+1)/2, prefaulters) { // who receives needs one, too
-		t.greets.Go(func() { t.prefault.run(t.ctx.Done()) })
-	}
+	t.greets.Go(func() { t.prefault.run(t.ctx.Done()) })
 	context.AfterFunc(t.ctx, func() { _ = t.l.Close() })
 	t.greets.Add(1)
 	go t.accept()
