@@ -72,7 +72,7 @@ func (s *Source) precopy() error {
 		s.sending.Set(r.GPA, r.Size)
 	}
 	begin := time.Now()
-	senders.touched = guestmem.NewBitmap(mem)
+	senders.touched, senders.log = guestmem.NewBitmap(mem), s.log
 	s.note(func(st *Stats) { st.RAM.DirtySync = 1 })
 	// The stop has two exchanges with the target, which take as long whatever there is of RAM.
 	overhead := min(2*s.answered, time.Duration(s.settings().DowntimeLimit)*time.Millisecond/10)
@@ -109,7 +109,7 @@ func (s *Source) precopy() error {
 		sample.Params = s.settings()
 		sample.Round, sample.Elapsed, sample.Sent = n, now.Sub(begin), bytes
 		sample.Remaining = s.sending.Count() * guestmem.PageSize
-		sample.DirtyRate = float64(got) / period.Seconds()
+		sample.DirtyRate = float64(got) / period.Seconds() // a Protector's pages are watched for half of that, on average
 		// A short round that is slower has shown what it takes besides.
 		if rate := float64(bytes) / busy.Seconds(); bytes >= 4*block || rate >= sample.Bandwidth {
 			sample.Bandwidth = rate

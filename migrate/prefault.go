@@ -38,7 +38,7 @@ func newPrefault(m *guestmem.Memory, mapping func(gpa, n uint64)) *prefault {
 }
 
 // coming is called before the n bytes at gpa, of one region, are written. Where a block begins, the one before it has
-// come; what else has, roundEnded finds.
+// come but for its end, or for what comes by another connection; what else has, roundEnded finds.
 func (p *prefault) coming(gpa, n uint64) {
 	for i, r := range p.regions {
 		off := gpa - r.GPA
@@ -84,6 +84,11 @@ func (p *prefault) run(stop <-chan struct{}) {
 		case <-p.sweep:
 			for region, blocks := range p.came {
 				for b := range blocks {
+					select {
+					case <-stop:
+						return
+					default:
+					}
 					if blocks[b].Load() {
 						p.mapIt(faulting{region, uint64(b)})
 					}

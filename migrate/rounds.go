@@ -25,6 +25,7 @@ type senders struct {
 	conns []*wire.Conn
 	batch []*wire.Batch // for each
 	limit limiter
+	log   func(format string, args ...any)
 
 	protectors []Protector      // to be told what is read; nil: the guest has been stopped
 	touched    *guestmem.Bitmap // in the first round: pages that may be other than zeros
@@ -88,8 +89,14 @@ func (s *senders) read(i uint64) error {
 			}
 		}
 		s.protecting += time.Since(begin)
-		if s.touched != nil && s.mem.Touched(s.touched, gpa, size) != nil {
-			s.touched.Set(gpa, size) // all of it has to be read
+		if s.touched != nil {
+			if err := s.mem.Touched(s.touched, gpa, size); err != nil {
+				s.log("all RAM has to be read: %v", err)
+				for _, r := range s.mem.Regions() {
+					s.touched.Set(r.GPA, r.Size)
+				}
+				s.touched = nil
+			}
 		}
 		s.ready += (size + block - 1) / block
 	}

@@ -56,10 +56,11 @@ type carrier struct {
 	kick    func()   // raises its vectors
 	vf      steer.VF // it, as its PF has it
 	phase   phase
-	looks   bool        // the guest is at the slot of a primary that has been plugged
-	plug    time.Time   // when that was
-	since   time.Time   // when the old way ended, as far as is known; zero: it has not
-	limit   *time.Timer // releases what is held, unless something else has; nil: there is none
+	looks   bool          // the guest is at the slot of a primary that has been plugged
+	plug    time.Time     // when that was
+	slow    time.Duration // how long it took the guest to deal with that
+	since   time.Time     // when the old way ended, as far as is known; zero: it has not
+	limit   *time.Timer   // releases what is held, unless something else has; nil: there is none
 	last    []switched
 }
 
@@ -140,7 +141,9 @@ func (c *carrier) used(u pci.Use) {
 	case fast && !u.Unmasked:
 		c.lettingGo()
 	case fast:
-		c.since = time.Time{} // it goes on
+		if c.phase != going {
+			c.since = time.Time{} // it goes on
+		}
 	case u.Unmasked && c.looks:
 		c.prime()
 		c.phase = serving
@@ -258,7 +261,7 @@ func (c *carrier) handOver(done func(handed, dropped int)) {
 func (c *carrier) goesOn() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.phase.fast()
+	return c.phase.fast() && c.phase != going
 }
 
 // has tells the pair that the guest has the primary.
@@ -274,7 +277,9 @@ func (c *carrier) has() {
 func (c *carrier) present() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.looks = false
+	if c.looks {
+		c.looks, c.slow = false, time.Since(c.plug)
+	}
 	switch c.phase {
 	case serving:
 		c.toPrimary()
@@ -298,10 +303,7 @@ const (
 // interrupts, or in two seconds. To be interrupted for nothing is nothing to a driver. What comes
 // meanwhile comes to it once more.
 func (c *carrier) settled() {
-	kick := kickTime
-	if !c.plug.IsZero() {
-		kick = min(max(kick, time.Since(c.plug)/4), virtionet.HoldTime)
-	}
+	kick := min(max(kickTime, c.slow/4), virtionet.HoldTime/2)
 	time.AfterFunc(settleTime, func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
@@ -400,10 +402,11 @@ func (c *carrier) begins() {
 		return
 	}
 	c.lettingGo()
-	if c.phase != asked {
+	if c.phase != asked || c.vf.Resets() {
 		return
 	}
 	c.phase = going
+	c.warn(c.net.Hold()) // if it is not, after the same before
 	c.do(steer.Standby)
 	c.until(driverTime, func() {
 		c.phase, c.since = asked, time.Time{}
@@ -430,6 +433,8 @@ func (c *carrier) pull() {
 	defer c.mu.Unlock()
 	if c.phase.fast() {
 		c.phase, c.limit = pulled, nil
+		c.warn(c.net.Hold()) // if they are not: see begins
+		c.do(steer.Both)
 		c.begun()
 		c.net.Forget(c.since.Add(-drainTime))
 	}
@@ -528,6 +533,9 @@ func (c *carrier) late(held, dropped int) {
 func (c *carrier) gone() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.phase == going { // or its standby is, and it keeps the primary
+		c.do(steer.GiveMAC)
+	}
 	c.do(steer.Gone)
 	c.phase, c.looks, c.since, c.limit = onStandby, false, time.Time{}, nil
 }

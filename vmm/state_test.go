@@ -18,6 +18,7 @@ import (
 	"baton/devices/virtio/blk"
 	"baton/kvm"
 	"baton/kvm/guestmem"
+	"baton/migrate"
 	"baton/tests/tiny"
 )
 
@@ -257,6 +258,15 @@ func moveWhole(t *testing.T, from, to *whole, last byte) byte {
 	}
 	dirty := guestmem.NewBitmap(from.mem)
 	send := func() (n uint64) {
+		for _, s := range sources {
+			if p, ok := s.(migrate.Protector); ok {
+				for _, r := range from.mem.Regions() {
+					if err := p.Protect(r.GPA, r.Size); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+		}
 		for gpa, size := range dirty.Runs() {
 			b, _ := from.mem.Bytes(gpa, size)
 			if _, err := to.mem.WriteAt(b, int64(gpa)); err != nil {

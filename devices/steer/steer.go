@@ -22,6 +22,8 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"slices"
 	"strconv"
 	"sync"
 
@@ -182,6 +184,12 @@ func (vf VF) setMAC(mac net.HardwareAddr) error {
 		return fmt.Errorf("give VF %d of %s the MAC %s: %w", vf.Index, vf.PF, mac, err)
 	}
 	return nil
+}
+
+// Resets says whether the PF is known to reset a VF when it is told its MAC, which takes it from its driver.
+func (vf VF) Resets() bool {
+	driver, _ := os.Readlink(filepath.Join("/sys/class/net", vf.PF, "device/driver"))
+	return slices.Contains([]string{"i40e", "ice"}, filepath.Base(driver))
 }
 
 // copies has what the PF named pf does not hand to a VF alone go to the TAP, unless that is so.

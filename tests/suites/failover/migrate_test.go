@@ -35,7 +35,7 @@ func movedBy(t *testing.T, trip *journey.Trip, pings int) {
 	if trip.TCP.Err != nil {
 		t.Errorf("the connection: %v", trip.TCP.Err)
 	}
-	most := func(sent uint64) int { return max(200, int(sent/10)) }
+	most := func(sent uint64) int { return max(200, int(sent/50)) }
 	if trip.In.Lost > most(trip.Out.Sent) || trip.Out.Lost > most(trip.In.Sent) {
 		t.Errorf("datagrams: to the guest %+v, from the guest %+v", trip.In, trip.Out)
 	}
