@@ -56,9 +56,8 @@ type carrier struct {
 	kick    func()   // raises its vectors
 	vf      steer.VF // it, as its PF has it
 	phase   phase
-	looks   bool          // the guest is at the slot of a primary that has been plugged
-	plug    time.Time     // when that was
-	slow    time.Duration // how long it took the guest to deal with that
+	plug    time.Time     // when the primary was plugged at whose slot the guest is; zero: it is at none
+	slow    time.Duration // how long it was at the last one's
 	since   time.Time     // when the old way ended, as far as is known; zero: it has not
 	limit   *time.Timer   // releases what is held, unless something else has; nil: there is none
 	last    []switched
@@ -144,7 +143,7 @@ func (c *carrier) used(u pci.Use) {
 		if c.phase != going {
 			c.since = time.Time{} // it goes on
 		}
-	case u.Unmasked && c.looks:
+	case u.Unmasked && !c.plug.IsZero():
 		c.prime()
 		c.phase = serving
 		c.holdFor(driverTime)
@@ -201,7 +200,7 @@ const (
 func (c *carrier) plugged() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.looks, c.plug = true, time.Now()
+	c.plug = time.Now()
 	if c.phase == onStandby {
 		c.holdFor(quietTime)
 	}
@@ -224,7 +223,7 @@ func (c *carrier) holdFor(limit time.Duration) {
 func (c *carrier) toPrimary() {
 	outage := c.ended()
 	c.phase = onPrimary
-	if !c.looks {
+	if c.plug.IsZero() {
 		c.settled()
 	}
 	c.handOver(func(handed, dropped int) {
@@ -277,8 +276,8 @@ func (c *carrier) has() {
 func (c *carrier) present() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.looks {
-		c.looks, c.slow = false, time.Since(c.plug)
+	if !c.plug.IsZero() {
+		c.plug, c.slow = time.Time{}, time.Since(c.plug)
 	}
 	switch c.phase {
 	case serving:
@@ -537,7 +536,7 @@ func (c *carrier) gone() {
 		c.do(steer.GiveMAC)
 	}
 	c.do(steer.Gone)
-	c.phase, c.looks, c.since, c.limit = onStandby, false, time.Time{}, nil
+	c.phase, c.plug, c.since, c.limit = onStandby, time.Time{}, time.Time{}, nil
 }
 
 // switches are the last changes of the way.
