@@ -61,13 +61,13 @@ func (vm *VM) GetDirtyLog(slot uint32, bitmap []uint64) error {
 	var pin runtime.Pinner // the kernel follows the pointer inside the argument
 	defer pin.Unpin()
 	pin.Pin(&bitmap[0])
-	_, err := ioctl(vm.fd, kvmGetDirtyLog, &dirtyLog{slot: slot, bitmap: &bitmap[0]})
-	return err
+	return ioctlAtOnce(vm.fd, kvmGetDirtyLog, &dirtyLog{slot: slot, bitmap: &bitmap[0]})
 }
 
 // ClearDirtyLog clears those of the n pages from first on that are set in bitmap, whose bit
 // 0 of word 0 is page first, and protects them again. First is a multiple of 64, and so is
-// n unless it reaches the end of the slot. It needs the manual log.
+// n unless it reaches the end of the slot; some thousands at a time, for Go's scheduler does not hear of it. It needs the
+// manual log.
 func (vm *VM) ClearDirtyLog(slot uint32, first uint64, n uint32, bitmap []uint64) error {
 	if n == 0 || len(bitmap) < (int(n)+63)/64 {
 		return fmt.Errorf("clear dirty log of slot %d: bitmap of %d words for %d pages", slot, len(bitmap), n)
@@ -75,8 +75,7 @@ func (vm *VM) ClearDirtyLog(slot uint32, first uint64, n uint32, bitmap []uint64
 	var pin runtime.Pinner
 	defer pin.Unpin()
 	pin.Pin(&bitmap[0])
-	_, err := ioctl(vm.fd, kvmClearDirtyLog, &clearDirtyLog{slot: slot, pages: n, first: first, bitmap: &bitmap[0]})
-	return err
+	return ioctlAtOnce(vm.fd, kvmClearDirtyLog, &clearDirtyLog{slot: slot, pages: n, first: first, bitmap: &bitmap[0]})
 }
 
 // DirtyRingEntry is the size in bytes of a page's entry in a dirty ring.

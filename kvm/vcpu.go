@@ -127,8 +127,8 @@ func (v *VCPU) Kick() {
 	}
 }
 
-// PreFault maps the n bytes at gpa, as if the guest had read them, and may be called from any thread while the
-// vCPU does not run; Kick and Close wait for it. It needs CapPreFaultMemory, and fails where there is no second
+// PreFault maps the n bytes at gpa, some MiB at a time, as if the guest had read them. It may be called from any thread,
+// but never while the vCPU runs, for the end of which it would wait, with all of Go's threads; Kick and Close wait for it. It needs CapPreFaultMemory, and fails where there is no second
 // level of page tables.
 func (v *VCPU) PreFault(gpa, n uint64) error {
 	v.mu.Lock()
@@ -137,7 +137,7 @@ func (v *VCPU) PreFault(gpa, n uint64) error {
 		return unix.EBADF
 	}
 	for p := (preFault{gpa: gpa, size: n}); p.size > 0; { // the kernel goes on from where it was interrupted
-		if _, err := ioctl(v.fd, kvmPreFault, &p); err != nil && !errors.Is(err, unix.EAGAIN) {
+		if err := ioctlAtOnce(v.fd, kvmPreFault, &p); err != nil && !errors.Is(err, unix.EAGAIN) {
 			return err
 		}
 	}

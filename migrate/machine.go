@@ -66,8 +66,8 @@ type TargetMachine interface {
 	// as `cpu: leaf 7 ebx: avx512f is missing here`.
 	Check(source []Fact) (differences []string)
 	// Map prepares the vCPUs for n bytes at gpa, of one region, that have come or are about to: what they would
-	// have to do about them for the first time. It is called from goroutines of its own, beside everything
-	// else, but not begun any more when the guest is this side's; it may do nothing.
+	// have to do about them for the first time. It is called from a goroutine of its own, beside everything
+	// else, but is over when Start is called; it may do nothing.
 	Map(gpa, n uint64)
 	// ReserveLocks makes sure that TakeLocks will succeed once the source has released the locks,
 	// which it has offered before. Its error refuses the migration.

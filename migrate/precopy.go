@@ -85,6 +85,7 @@ func (s *Source) precopy() error {
 			until = begin.Add(time.Duration(limit) * time.Millisecond)
 		}
 		bytes, busy, err := s.round(n, until, func() uint64 { return s.settings().MaxBandwidth })
+		senders.lookedAtAll()
 		if err != nil {
 			return err
 		}
@@ -93,7 +94,6 @@ func (s *Source) precopy() error {
 			return err
 		}
 		busy += time.Since(sent)
-		senders.touched = nil
 		s.dirty.Clear()
 		look := time.Now()
 		if err := s.sync(s.dirty); err != nil {

@@ -1,6 +1,7 @@
 package migrate
 
 import (
+	"sync"
 	"sync/atomic"
 
 	"baton/kvm/guestmem"
@@ -15,7 +16,9 @@ type prefault struct {
 	mapped  [][]bool            // run's
 	queue   chan faulting       // blocks that have come
 	sweep   chan struct{}       // a round has ended
-	starts  atomic.Bool         // the guest does: no more of that
+
+	mu     sync.Mutex // of mapping
+	starts bool       // the guest does: no more of that
 }
 
 // faulting is a block that is queued.
@@ -65,9 +68,18 @@ func (p *prefault) roundEnded() {
 	}
 }
 
+// guestStarts returns when nothing is mapped, and never will be.
+func (p *prefault) guestStarts() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.starts = true
+}
+
 // mapIt has the vCPUs find a block, unless they do.
 func (p *prefault) mapIt(f faulting) {
-	if p.starts.Load() || p.mapped[f.region][f.block] {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.starts || p.mapped[f.region][f.block] {
 		return
 	}
 	p.mapped[f.region][f.block] = true

@@ -36,7 +36,7 @@ func TestPrefault(t *testing.T) {
 	if a := <-mapped; a != 6*hugePage {
 		t.Errorf("mapped %#x", a)
 	}
-	p.starts.Store(true)
+	p.guestStarts()
 	p.coming(9*hugePage, 4096)
 	p.roundEnded()
 	for len(p.sweep) > 0 { // which run takes before it can end

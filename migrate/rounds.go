@@ -29,6 +29,7 @@ type senders struct {
 
 	protectors []Protector      // to be told what is read; nil: the guest has been stopped
 	touched    *guestmem.Bitmap // in the first round: pages that may be other than zeros
+	pagemap    *guestmem.Pagemap
 
 	mu         sync.Mutex
 	ready      uint64        // blocks that may be read
@@ -90,7 +91,7 @@ func (s *senders) read(i uint64) error {
 		}
 		s.protecting += time.Since(begin)
 		if s.touched != nil {
-			if err := s.mem.Touched(s.touched, gpa, size); err != nil {
+			if err := s.look(gpa, size); err != nil {
 				s.log("all RAM has to be read: %v", err)
 				for _, r := range s.mem.Regions() {
 					s.touched.Set(r.GPA, r.Size)
@@ -101,6 +102,25 @@ func (s *senders) read(i uint64) error {
 		s.ready += (size + block - 1) / block
 	}
 	return nil
+}
+
+// look adds to touched what of size bytes at gpa somebody has touched.
+func (s *senders) look(gpa, size uint64) (err error) {
+	if s.pagemap == nil {
+		if s.pagemap, err = guestmem.OpenPagemap(s.mem); err != nil {
+			return err
+		}
+	}
+	return s.pagemap.Touched(s.touched, gpa, size)
+}
+
+// lookedAtAll ends the first round.
+func (s *senders) lookedAtAll() {
+	s.touched = nil
+	if s.pagemap != nil {
+		_ = s.pagemap.Close()
+		s.pagemap = nil
+	}
 }
 
 // send sends the pages of a set as round n, until a time if that is not zero. Rate is the limit in bytes per second, 0 for none. It

@@ -487,7 +487,7 @@ func (t *Target) wait(in *incoming) error {
 	} else if !t.trySettle(committing) {
 		return context.Cause(t.ctx)
 	}
-	t.prefault.starts.Store(true)
+	t.prefault.guestStarts()
 	t.enter(TargetCommitting)
 	err := t.start(in)
 	t.mu.Lock()

@@ -1,11 +1,8 @@
 package guestmem
 
 import (
-	"encoding/binary"
-	"fmt"
 	"iter"
 	"math/bits"
-	"os"
 	"sync/atomic"
 )
 
@@ -153,34 +150,4 @@ func (r pages) next(page, same uint64) uint64 {
 		page = (page/64 + 1) * 64
 	}
 	return r.count
-}
-
-// Touched adds to b those of the n bytes at gpa, whole pages of one region, that the host has memory for, by
-// /proc/self/pagemap; all others are zeros, which nobody has to read to know. What is touched meanwhile may be missing.
-func (m *Memory) Touched(b *Bitmap, gpa, n uint64) error {
-	window, err := m.Bytes(gpa, n)
-	if err != nil {
-		return err
-	}
-	f, err := os.Open("/proc/self/pagemap")
-	if err != nil {
-		return fmt.Errorf("guest memory: %w", err)
-	}
-	defer f.Close()
-	const entrySize, presentOrSwapped = 8, 3 << 62 // Documentation/admin-guide/mm/pagemap.rst
-	entries := make([]byte, n/PageSize*entrySize)
-	if _, err := f.ReadAt(entries, int64(address(window))/PageSize*entrySize); err != nil {
-		return fmt.Errorf("guest memory: %w", err)
-	}
-	there := func(page uint64) bool {
-		return page < n/PageSize && binary.LittleEndian.Uint64(entries[page*entrySize:])&presentOrSwapped != 0
-	}
-	for page := uint64(0); page < n/PageSize; page++ {
-		first := page
-		for there(page) {
-			page++
-		}
-		b.Set(gpa+first*PageSize, (page-first)*PageSize)
-	}
-	return nil
 }

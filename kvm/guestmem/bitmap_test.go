@@ -168,8 +168,13 @@ func TestTouched(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	p, err := OpenPagemap(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
 	for _, r := range m.Regions() {
-		if err := m.Touched(b, r.GPA, r.Size); err != nil {
+		if err := p.Touched(b, r.GPA, r.Size); err != nil {
 			t.Fatal(err)
 		}
 	}
