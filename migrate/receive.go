@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"baton/kvm/guestmem"
 	"baton/migrate/wire"
 )
 
@@ -83,7 +84,7 @@ func (t *Target) check(in *incoming) error {
 		bad("%d channels: more than are possible here", h.Channels)
 	}
 	for _, f := range h.Features {
-		if f != wire.FeatureDigest {
+		if f != wire.FeatureSums {
 			bad("feature %s is not known to the target", f)
 		}
 	}
@@ -221,7 +222,7 @@ func (t *Target) readPayload(in *incoming, c *wire.Conn, main bool, h wire.Heade
 		if t.now() != TargetReceiving || main && in.hello.Channels > 0 {
 			return fmt.Errorf("%w: pages out of turn", wire.ErrCorrupt)
 		}
-		n, z, err := c.ReadPages(h, &t.sink)
+		n, z, err := c.ReadPages(h, t.sink)
 		t.normal.Add(n)
 		t.zero.Add(z)
 		return err
@@ -308,6 +309,10 @@ func (t *Target) receive(in *incoming) error {
 			if f.Sections != len(come) || f.Rounds != in.rounds.ended() {
 				return fmt.Errorf("%w: %d sections and %d rounds, the source has sent %d and %d", wire.ErrCorrupt,
 					len(come), in.rounds.ended(), f.Sections, f.Rounds)
+			}
+			for gpa, n := range t.sink.Changed.Runs() {
+				return fmt.Errorf("%w: %d pages of RAM, the first %d at %#x, are not what has been sent", wire.ErrCorrupt,
+					t.sink.Changed.Count(), n/guestmem.PageSize, gpa)
 			}
 			in.end, in.stopped = f, time.Now().Add(-time.Duration(f.Stopped)*time.Microsecond)
 			return t.load(in, come)

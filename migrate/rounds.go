@@ -54,8 +54,8 @@ func newSenders(m *guestmem.Memory, p Params, conns []*wire.Conn) (*senders, err
 		if s.batch[i], err = wire.NewBatch(m, c, int(p.MultifdZstdLevel), p.ZeroPageDetection != "none"); err != nil {
 			return nil, err
 		}
-		if wire.SlowCRC() {
-			s.batch[i].Digest()
+		if c == wire.None && conns[i].Direct() {
+			s.batch[i].Direct()
 		}
 	}
 	for _, r := range m.Regions() {

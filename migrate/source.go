@@ -266,8 +266,8 @@ func (s *Source) connect() (err error) {
 	p := s.settings()
 	hello := wire.Hello{Session: s.session, OneWay: s.stream.OneWay, Compression: p.MultifdCompression,
 		Stall: int64(p.StallTimeout), Facts: s.m.Facts()}
-	if wire.SlowCRC() {
-		hello.Features = append(hello.Features, wire.FeatureDigest)
+	if wire.SlowCRC() || s.main.Direct() {
+		hello.Features = append(hello.Features, wire.FeatureSums)
 	}
 	for _, r := range s.m.Memory().Regions() {
 		hello.Regions = append(hello.Regions, wire.Region{GPA: r.GPA, Size: r.Size})

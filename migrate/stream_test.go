@@ -256,13 +256,13 @@ func slowCRC(t *testing.T, slow bool) {
 	t.Cleanup(func() { wire.SlowCRC = before })
 }
 
-// TestDigest: where CRCs are slow the stream says that it has digests, and is loaded on any CPU.
+// TestDigest: where CRCs are slow a file says that pages have sums of their own, and is loaded on any CPU.
 func TestDigest(t *testing.T) {
 	slowCRC(t, true)
 	stream, file := saved(t)
 	slowCRC(t, false)
-	if !bytes.Contains(stream, []byte(wire.FeatureDigest)) {
-		t.Errorf("%d bytes, without %q", len(stream), wire.FeatureDigest)
+	if !bytes.Contains(stream, []byte(wire.FeatureSums)) {
+		t.Errorf("%d bytes, without %q", len(stream), wire.FeatureSums)
 	}
 	to := newMachine(t, &world{t: t}, "the target")
 	if err := restoreStopped(to, options(t, "file:"+file)); err != nil {

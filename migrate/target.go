@@ -11,7 +11,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"baton/kvm/guestmem"
 	"baton/migrate/wire"
 )
 
@@ -22,7 +21,7 @@ type Target struct {
 	m TargetMachine
 	l *wire.Listener
 
-	sink     wire.Sink
+	sink     *wire.Sink
 	prefault *prefault
 	hellos   chan *incoming // what wants to be the main connection
 	greets   sync.WaitGroup // connections whose first frame is read
@@ -74,7 +73,7 @@ func NewTarget(m TargetMachine, o Options) (*Target, error) {
 		return nil, err
 	}
 	t := &Target{m: m, hellos: make(chan *incoming), settled: make(chan struct{}), known: make(chan struct{}), decide: make(chan bool)}
-	t.sink = wire.Sink{Memory: m.Memory(), Written: guestmem.NewBitmap(m.Memory())}
+	t.sink = wire.NewSink(m.Memory())
 	t.init(o, TargetIdle)
 	return t, nil
 }

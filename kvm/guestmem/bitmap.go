@@ -28,7 +28,12 @@ func NewBitmap(m *Memory) *Bitmap {
 
 // Set adds the pages that the n bytes at gpa touch, up to the end of the region that holds
 // gpa; outside of RAM it does nothing.
-func (b *Bitmap) Set(gpa, n uint64) {
+func (b *Bitmap) Set(gpa, n uint64) { b.each(gpa, n, or) }
+
+// Unset takes them out, likewise.
+func (b *Bitmap) Unset(gpa, n uint64) { b.each(gpa, n, andNot) }
+
+func (b *Bitmap) each(gpa, n uint64, do func(word *uint64, mask uint64)) {
 	for _, r := range b.regions {
 		off := gpa - r.gpa
 		if n == 0 || off >= r.count*PageSize {
@@ -43,7 +48,7 @@ func (b *Bitmap) Set(gpa, n uint64) {
 			if w == last/64 {
 				mask &= ^uint64(0) >> (63 - last%64)
 			}
-			or(&r.words[w], mask)
+			do(&r.words[w], mask)
 		}
 		return
 	}
@@ -53,6 +58,12 @@ func (b *Bitmap) Set(gpa, n uint64) {
 func or(word *uint64, mask uint64) {
 	if atomic.LoadUint64(word)&mask != mask {
 		atomic.OrUint64(word, mask)
+	}
+}
+
+func andNot(word *uint64, mask uint64) {
+	if atomic.LoadUint64(word)&mask != 0 {
+		atomic.AndUint64(word, ^mask)
 	}
 }
 

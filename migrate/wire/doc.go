@@ -8,9 +8,12 @@
 //	pages        u16 runs, u8 compression, u8 check, u32 bytes of data
 //	             runs: u64 guest-physical address, u32 pages, u32 kind (0 data, 1 zeros)
 //	             data, of all runs one after the other, compressed as one
-//	             check 2: in the frame's CRC the data's digest stands for them, 8 sums of u64: word n of the
-//	             data is added to sum n % 4, and that to sum 4 + n % 4; after each fourth word, sum
-//	             (n/4 + 3) % 4 grows by sum n/4 % 4 shifted right by 29. Check 1 is no longer used
+//	             check 0: the frame's CRC covers all that
+//	             check 3: u32 CRC32C of each page of the data, between the runs and these; the frame's CRC covers
+//	             all but the data
+//	             check 4: the same, with the CRC32C of each page's digest, 8 sums of u64: word n of the page is
+//	             added to sum n % 4, and that to sum 4 + n % 4; after each fourth word, sum (n/4 + 3) % 4 grows by
+//	             sum n/4 % 4 shifted right by 29. Checks 1 and 2 are no longer used
 //
 // All numbers are little-endian. Both sides of a connection begin with the preamble; a file has
 // the source's only. The first frame says what the connection is for: Hello (the main one), Join (a
@@ -18,5 +21,6 @@
 //
 // The receiver trusts nothing: lengths are checked against the type's cap, and buffers grow with
 // what arrives; pages go to RAM or nowhere. A broken byte is noticed, but what it did to guest memory
-// stays, so the guest must not be started after an error.
+// stays, so the guest must not be started after an error. A page that is not what its sum says may be one that
+// the guest has written to while it was sent; then it comes again, and is right when all has come.
 package wire

@@ -63,7 +63,7 @@ const (
 	maxSmall   = 64 << 10
 	maxHello   = 4 << 20
 	MaxSection = 16 << 20 // of one Section with all that is around its data
-	maxPages   = maxRuns*runSize + batchSize + MaxBatch
+	maxPages   = batchSize + maxRuns*runSize + MaxBatch/pageSize*sumSize + MaxBatch
 )
 
 // limit is the longest payload of the type.
@@ -161,6 +161,9 @@ func NewConn(stream io.ReadWriteCloser) *Conn {
 	}
 	return c
 }
+
+// Direct says whether there is a socket, for Batch.Direct.
+func (c *Conn) Direct() bool { return c.socket != nil }
 
 // SetStall sets the time without progress after which reads and writes fail; 0 is for ever.
 func (c *Conn) SetStall(read, write time.Duration) {
@@ -283,17 +286,21 @@ func (c *Conn) readFull(p []byte) error {
 	return err
 }
 
-// writeAll writes a whole frame, or several.
-func (c *Conn) writeAll(p []byte) error {
+// writeAll writes a whole frame, in one piece unless there is a socket, or several.
+func (c *Conn) writeAll(pieces ...[]byte) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.held != nil {
-		c.held = append(c.held, p...)
-		if len(c.held) < maxHeld {
-			return nil
-		}
-		p, c.held = c.held, []byte{}
+	if c.held == nil {
+		return c.write(pieces...)
 	}
+	for _, p := range pieces {
+		c.held = append(c.held, p...)
+	}
+	if len(c.held) < maxHeld {
+		return nil
+	}
+	p := c.held
+	c.held = []byte{}
 	return c.write(p)
 }
 
@@ -317,15 +324,16 @@ func (c *Conn) Release() error {
 }
 
 // write writes; mu is held.
-func (c *Conn) write(p []byte) error {
+func (c *Conn) write(pieces ...[]byte) (err error) {
 	if err := c.deadline(c.setWrite, c.writeStall.Load(), &c.writeSet); err != nil {
 		return err
 	}
-	to := c.stream.Write
+	n := 0
 	if c.socket != nil {
-		to = c.socket.write
+		n, err = c.socket.write(pieces...)
+	} else {
+		n, err = c.stream.Write(pieces[0])
 	}
-	n, err := to(p)
 	c.sent.Add(uint64(n))
 	if err != nil {
 		c.broken.Store(true)

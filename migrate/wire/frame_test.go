@@ -60,7 +60,7 @@ func fresh(t testing.TB, m *guestmem.Memory) *Sink {
 		ranges = append(ranges, guestmem.Range{Base: r.GPA, Size: r.Size})
 	}
 	to := newMemory(t, ranges...)
-	return &Sink{Memory: to, Written: guestmem.NewBitmap(to)}
+	return NewSink(to)
 }
 
 func same(t testing.TB, a, b *guestmem.Memory) {
@@ -132,8 +132,9 @@ func TestPages(t *testing.T) {
 					t.Fatal(err)
 				}
 				to := fresh(t, from)
-				// Twice: the second time other pages are zero, and a digest is sent.
-				for range 2 {
+				// More than once: other pages are zero then, and have sums of their own.
+				for _, check := range []uint8{checkData, checkPages, checkDigests} {
+					b.check = check
 					c := NewConn(new(buffer))
 					normal, zero := sendAll(t, c, from, b)
 					n, z, err := receiveAll(c, to)
@@ -149,7 +150,6 @@ func TestPages(t *testing.T) {
 							clear(r.Host[off : off+pageSize])
 						}
 					}
-					b.Digest()
 				}
 			})
 		}
@@ -157,6 +157,97 @@ func TestPages(t *testing.T) {
 	if _, err := ParseCompression("zlib"); err == nil || err.Error() != "compression zlib: not none, zstd or s2" {
 		t.Error(err)
 	}
+}
+
+// TestDirect sends pages by a socket right from guest memory, which changes meanwhile: those that are not what their
+// sums say are known until they have come again.
+func TestDirect(t *testing.T) {
+	for _, check := range []uint8{checkPages, checkDigests} {
+		from := guest(t)
+		b, err := NewBatch(from, None, 0, true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.Direct()
+		b.check = check
+		out, in := sockets(t)
+		to := fresh(t, from)
+		received := func(f func()) {
+			t.Helper()
+			done := make(chan error, 1)
+			go func() {
+				for {
+					h, err := in.ReadHeader()
+					if err == nil && h.Type == TypeRound {
+						done <- in.ReadMessage(h, new(Round))
+						return
+					}
+					if err == nil {
+						_, _, err = in.ReadPages(h, to)
+					}
+					if err != nil {
+						done <- err
+						return
+					}
+				}
+			}()
+			f()
+			if err := errors.Join(out.Write(TypeRound, Round{Number: 1}), <-done); err != nil {
+				t.Fatal(err)
+			}
+		}
+		received(func() { sendAll(t, out, from, b) })
+		if n := to.Changed.Count(); n != 0 {
+			t.Errorf("%d pages have changed", n)
+		}
+		same(t, from, to.Memory)
+
+		page := from.Regions()[0].Host[mib+mib/2:][:pageSize] // one of the long run
+		gpa := from.Regions()[0].GPA + mib + mib/2
+		received(func() {
+			if _, err := b.Add(gpa, 2*pageSize); err != nil {
+				t.Fatal(err)
+			}
+			b.windows[0] = b.seal()
+			page[100]++ // after its sum
+			if err := out.writeAll(b.windows...); err != nil {
+				t.Fatal(err)
+			}
+			b.reset()
+		})
+		if n := to.Changed.Count(); n != 1 || !to.Changed.Test(gpa) {
+			t.Errorf("%d pages have changed", n)
+		}
+		received(func() {
+			_, _ = b.Add(gpa, pageSize)
+			if err := b.Send(out); err != nil {
+				t.Fatal(err)
+			}
+		})
+		if n := to.Changed.Count(); n != 0 {
+			t.Errorf("%d pages have changed when they have come again", n)
+		}
+		same(t, from, to.Memory)
+	}
+}
+
+// sockets are the two ends of a connection.
+func sockets(t *testing.T) (a, b *Conn) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	c, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close(); d.Close() })
+	return NewConn(c), NewConn(d)
 }
 
 func TestAddOutside(t *testing.T) {
@@ -197,34 +288,36 @@ func TestHostilePages(t *testing.T) {
 		many[i] = [3]uint64{0, 1, kindZero}
 	}
 	for name, payload := range map[string][]byte{
-		"no runs":                   batch(nil, 0, 0, page),
-		"too many runs":             batch(many, 0, 0, nil),
-		"no data":                   batch([][3]uint64{{0, 1, kindData}}, 0, pageSize, nil),
-		"less data":                 batch([][3]uint64{{0, 2, kindData}}, 0, pageSize, page),
-		"more data":                 batch([][3]uint64{{0, 1, kindZero}}, 0, pageSize, page),
-		"unknown compression":       batch([][3]uint64{{0, 1, kindData}}, 3, pageSize, page),
-		"unknown kind":              batch([][3]uint64{{0, 1, 2}}, 0, pageSize, page),
-		"empty run":                 batch([][3]uint64{{0, 0, kindZero}}, 0, 0, nil),
-		"not RAM":                   batch([][3]uint64{{64 * mib, 1, kindData}}, 0, pageSize, page),
-		"beyond RAM":                batch([][3]uint64{{pageSize, 1 << 31, kindZero}}, 0, 0, nil),
-		"across regions":            batch([][3]uint64{{3 * pageSize, 2, kindZero}}, 0, 0, nil),
-		"wraps":                     batch([][3]uint64{{1<<64 - pageSize, 2, kindZero}}, 0, 0, nil),
-		"not aligned":               batch([][3]uint64{{8, 1, kindData}}, 0, pageSize, page),
-		"too much":                  batch([][3]uint64{{0, 1, kindData}}, 2, MaxBatch+1, page),
-		"s2 of another length":      batch([][3]uint64{{0, 1, kindData}}, 2, pageSize, []byte{0xff, 0xff, 0xff, 0x7f, 0}),
-		"s2 nonsense":               batch([][3]uint64{{0, 1, kindData}}, 2, pageSize, []byte{0x80, 0x20, 1, 2, 3}),
-		"zstd nonsense":             batch([][3]uint64{{0, 1, kindData}}, 1, pageSize, []byte("zstd? no")),
-		"shorter than its head":     {1, 0, 0, 0},
-		"runs beyond the payload":   batch([][3]uint64{{0, 1, kindData}}, 0, 0, nil)[:batchSize+8],
-		"unknown check":             append([]byte{1, 0, 0, 1}, batch([][3]uint64{{0, 1, kindZero}}, 0, 0, nil)[4:]...),
-		"digest of other data":      append([]byte{1, 0, 0, 2}, batch([][3]uint64{{0, 1, kindData}}, 0, pageSize, page)[4:]...),
-		"digest of compressed data": append([]byte{1, 0, byte(S2), 2}, batch([][3]uint64{{0, 1, kindData}}, 0, pageSize, s2.Encode(nil, page))[4:]...),
-		"a bad run after good one":  batch([][3]uint64{{0, 1, kindData}, {64 * mib, 1, kindZero}}, 0, pageSize, page),
+		"no runs":                  batch(nil, 0, 0, page),
+		"too many runs":            batch(many, 0, 0, nil),
+		"no data":                  batch([][3]uint64{{0, 1, kindData}}, 0, pageSize, nil),
+		"less data":                batch([][3]uint64{{0, 2, kindData}}, 0, pageSize, page),
+		"more data":                batch([][3]uint64{{0, 1, kindZero}}, 0, pageSize, page),
+		"unknown compression":      batch([][3]uint64{{0, 1, kindData}}, 3, pageSize, page),
+		"unknown kind":             batch([][3]uint64{{0, 1, 2}}, 0, pageSize, page),
+		"empty run":                batch([][3]uint64{{0, 0, kindZero}}, 0, 0, nil),
+		"not RAM":                  batch([][3]uint64{{64 * mib, 1, kindData}}, 0, pageSize, page),
+		"beyond RAM":               batch([][3]uint64{{pageSize, 1 << 31, kindZero}}, 0, 0, nil),
+		"across regions":           batch([][3]uint64{{3 * pageSize, 2, kindZero}}, 0, 0, nil),
+		"wraps":                    batch([][3]uint64{{1<<64 - pageSize, 2, kindZero}}, 0, 0, nil),
+		"not aligned":              batch([][3]uint64{{8, 1, kindData}}, 0, pageSize, page),
+		"too much":                 batch([][3]uint64{{0, 1, kindData}}, 2, MaxBatch+1, page),
+		"s2 of another length":     batch([][3]uint64{{0, 1, kindData}}, 2, pageSize, []byte{0xff, 0xff, 0xff, 0x7f, 0}),
+		"s2 nonsense":              batch([][3]uint64{{0, 1, kindData}}, 2, pageSize, []byte{0x80, 0x20, 1, 2, 3}),
+		"zstd nonsense":            batch([][3]uint64{{0, 1, kindData}}, 1, pageSize, []byte("zstd? no")),
+		"shorter than its head":    {1, 0, 0, 0},
+		"runs beyond the payload":  batch([][3]uint64{{0, 1, kindData}}, 0, 0, nil)[:batchSize+8],
+		"unknown check":            append([]byte{1, 0, 0, 1}, batch([][3]uint64{{0, 1, kindZero}}, 0, 0, nil)[4:]...),
+		"no longer used check":     append([]byte{1, 0, 0, 2}, batch([][3]uint64{{0, 1, kindData}}, 0, pageSize, page)[4:]...),
+		"no sums":                  append([]byte{1, 0, 0, checkPages}, batch([][3]uint64{{0, 1, kindData}}, 0, pageSize, page)[4:]...),
+		"sums beyond the payload":  append([]byte{1, 0, 0, checkDigests}, batch([][3]uint64{{0, 1, kindData}}, 0, pageSize, nil)[4:]...),
+		"sums of compressed data":  append([]byte{1, 0, byte(S2), checkPages}, batch([][3]uint64{{0, 1, kindData}}, 0, pageSize, append([]byte{0, 0, 0, 0}, s2.Encode(nil, page)...))[4:]...),
+		"a bad run after good one": batch([][3]uint64{{0, 1, kindData}, {64 * mib, 1, kindZero}}, 0, pageSize, page),
 	} {
 		m := newMemory(t, guestmem.Range{Base: 0, Size: 4 * pageSize}, guestmem.Range{Base: mib, Size: 4 * pageSize})
 		var b buffer
 		b.Write(frame(TypePages, payload))
-		if _, _, err := receiveAll(NewConn(&b), &Sink{Memory: m, Written: guestmem.NewBitmap(m)}); !errors.Is(err, ErrCorrupt) {
+		if _, _, err := receiveAll(NewConn(&b), NewSink(m)); !errors.Is(err, ErrCorrupt) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -232,11 +325,12 @@ func TestHostilePages(t *testing.T) {
 
 // TestEveryByte breaks each byte of a stream in turn: it never passes.
 func TestEveryByte(t *testing.T) {
-	t.Run("CRC", func(t *testing.T) { everyByte(t, func(*Batch) {}) })
-	t.Run("digest", func(t *testing.T) { everyByte(t, (*Batch).Digest) })
+	t.Run("CRC", func(t *testing.T) { everyByte(t, checkData) })
+	t.Run("CRC of pages", func(t *testing.T) { everyByte(t, checkPages) })
+	t.Run("digest", func(t *testing.T) { everyByte(t, checkDigests) })
 }
 
-func everyByte(t *testing.T, check func(*Batch)) {
+func everyByte(t *testing.T, check uint8) {
 	m := newMemory(t, guestmem.Range{Base: 0, Size: 4 * pageSize})
 	m.Regions()[0].Host[0] = 1
 	m.Regions()[0].Host[2*pageSize] = 1
@@ -244,7 +338,7 @@ func everyByte(t *testing.T, check func(*Batch)) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	check(b)
+	b.check = check
 	var good buffer
 	c := NewConn(&good)
 	sendAll(t, c, m, b)
@@ -259,6 +353,9 @@ func everyByte(t *testing.T, check func(*Batch)) {
 		}
 		if _, _, err := c.ReadPages(h, to); err != nil {
 			return err
+		}
+		if to.Changed.Count() != 0 {
+			return errors.New("a page has changed")
 		}
 		if h, err = c.ReadHeader(); err != nil {
 			return err
@@ -382,9 +479,9 @@ func FuzzStream(f *testing.F) {
 		if err != nil {
 			f.Fatal(err)
 		}
-		sendAll(f, NewConn(&good), m, b)
-		b.Digest()
-		sendAll(f, NewConn(&good), m, b)
+		for _, b.check = range []uint8{checkData, checkPages, checkDigests} {
+			sendAll(f, NewConn(&good), m, b)
+		}
 	}
 	c := NewConn(&good)
 	_ = c.Write(TypeSection, Section{SectionInfo{"ioapic", "ioapic", 1}, []byte("state")})
@@ -392,7 +489,7 @@ func FuzzStream(f *testing.F) {
 	f.Add(good.Bytes(), false)
 	f.Add(batch([][3]uint64{{0, 1, kindData}}, 1, pageSize, []byte("zstd? no")), true)
 	f.Add(batch([][3]uint64{{0, 1, kindData}}, 2, pageSize, []byte{0x80, 0x20, 1, 2, 3}), true)
-	sink := &Sink{Memory: m, Written: guestmem.NewBitmap(m)}
+	sink := NewSink(m)
 	f.Fuzz(func(t *testing.T, stream []byte, isBatch bool) {
 		if isBatch { // with checksums that are right
 			stream = frame(TypePages, stream[:min(len(stream), maxPages)])

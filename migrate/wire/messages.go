@@ -26,8 +26,8 @@ type Hello struct {
 	Features []string `cbor:"9,keyasint,omitempty"`
 }
 
-// FeatureDigest says that there may be batches with the CRC of a digest of their pages.
-const FeatureDigest = "digest-2"
+// FeatureSums says that there may be batches with a sum of each page.
+const FeatureSums = "page-sums-1"
 
 // Region is one of RAM, in bytes.
 type Region struct {

@@ -10,10 +10,11 @@ import (
 )
 
 // A batch is the payload of a Pages frame: this head, runs, the data of those that have some, in
-// their order, compressed as one.
+// their order, compressed as one. With sums, the frame's CRC does not cover the data.
 //
 //	head  u16 runs, u8 compression, u8 check, u32 bytes of data before compression
 //	run   u64 guest-physical address, u32 pages, u32 kind
+//	sum   u32 for each page of the data, with checks 3 and 4
 const (
 	batchSize = 8
 	runSize   = 16
@@ -23,10 +24,12 @@ const (
 
 	kindData, kindZero = 0, 1
 
-	// What of the data the frame's CRC is made of: they themselves, or, of data that are not compressed, their digest.
-	checkData, checkDigest = 0, 2
+	// What of the data is checked: they themselves, by the frame's CRC, or, where they are not compressed, each page by
+	// its CRC or its digest's.
+	checkData, checkPages, checkDigests = 0, 3, 4
 
 	pageSize = guestmem.PageSize
+	sumSize  = 4
 )
 
 // Compression of a batch.
@@ -57,26 +60,32 @@ type Batch struct {
 	compression Compression
 	zeroPages   bool // look for them
 	touched     *guestmem.Bitmap
-	digest      bool // see Digest
+	check       uint8
+	direct      bool // see Direct
 	zstd        *zstd.Encoder
 
-	runs    []byte // encoded
-	frame   []byte // room for the header, the head and maxRuns runs, then data
-	data    []byte // of frame
-	packed  []byte // the same when it is compressed
-	pages   uint64 // in data
-	nzero   uint64 // zero pages
-	nextGPA uint64 // of the last run, and its kind, so that it can grow
+	runs    []byte   // encoded
+	sums    []byte   // likewise
+	frame   []byte   // room for the header, the head, maxRuns runs and the sums, then data
+	data    []byte   // of frame; nothing if they go direct
+	windows [][]byte // what is sent: first all before the data
+	packed  []byte   // as frame, when it is compressed
+	size    int      // of the data, in bytes
+	nzero   uint64   // zero pages
+	nextGPA uint64   // of the last run, and its kind, so that it can grow
 	kind    uint32
 }
 
 // NewBatch makes one that reads m. Level is zstd's, 0 to 20. ZeroPages says whether pages are
 // looked at to leave those of zeros out.
 func NewBatch(m *guestmem.Memory, c Compression, level int, zeroPages bool) (*Batch, error) {
-	b := &Batch{mem: m, compression: c, zeroPages: zeroPages, frame: make([]byte, headerSize+maxPages)}
+	b := &Batch{mem: m, compression: c, zeroPages: zeroPages, frame: make([]byte, headerSize+maxPages), windows: make([][]byte, 1)}
 	b.data = b.frame[beforeData:beforeData]
 	if c != None {
 		b.packed = make([]byte, headerSize+maxPages+MaxBatch) // s2 needs room for the worst case
+	}
+	if SlowCRC() {
+		b.check = checkDigests
 	}
 	if c == Zstd {
 		var err error
@@ -92,9 +101,13 @@ func NewBatch(m *guestmem.Memory, c Compression, level int, zeroPages bool) (*Ba
 // at all. Nil is all pages.
 func (b *Batch) Touched(set *guestmem.Bitmap) { b.touched = set }
 
-// Digest has batches carry the CRC of a digest of their pages, FeatureDigest, in place of one of all that they
-// are: where SlowCRC says so.
-func (b *Batch) Digest() { b.digest = true }
+// Direct has pages written right from guest memory, by a socket, and without compression. What the guest writes to a page
+// between its sum and then is in some dirty log, so that the page is sent again; see Sink.Changed.
+func (b *Batch) Direct() {
+	if b.direct = true; b.check == checkData {
+		b.check = checkPages
+	}
+}
 
 // zero says whether the page at gpa is to be sent as one of zeros.
 func (b *Batch) zero(gpa uint64, page []byte) bool {
@@ -112,7 +125,7 @@ func isZero(page []byte) bool {
 	return true
 }
 
-// Add copies pages of the n bytes at gpa, whole pages of one region, until the batch is full,
+// Add takes pages of the n bytes at gpa, whole pages of one region, until the batch is full,
 // and returns how many bytes it took. The guest may write meanwhile.
 func (b *Batch) Add(gpa, n uint64) (uint64, error) {
 	window, err := b.mem.Bytes(gpa, n)
@@ -126,7 +139,7 @@ func (b *Batch) Add(gpa, n uint64) (uint64, error) {
 		zero := b.zero(gpa+done, rest[:pageSize])
 		room := len(rest)
 		if !zero {
-			room = min(room, MaxBatch-len(b.data))
+			room = min(room, MaxBatch-b.size)
 		}
 		for same += pageSize; same < room && b.zero(gpa+done+uint64(same), rest[same:same+pageSize]) == zero; {
 			same += pageSize
@@ -141,8 +154,11 @@ func (b *Batch) Add(gpa, n uint64) (uint64, error) {
 		if zero {
 			b.nzero += uint64(same / pageSize)
 		} else {
-			b.data = append(b.data, rest[:same]...)
-			b.pages += uint64(same / pageSize)
+			if b.size += same; b.direct {
+				b.windows = append(b.windows, rest[:same])
+			} else {
+				b.data = append(b.data, rest[:same]...)
+			}
 		}
 		done += uint64(same)
 	}
@@ -165,49 +181,78 @@ func (b *Batch) run(gpa, n uint64, kind uint32) bool {
 }
 
 // Full says that there is hardly room for more.
-func (b *Batch) Full() bool { return len(b.data) >= MaxBatch || len(b.runs) >= maxRuns*runSize }
+func (b *Batch) Full() bool { return b.size >= MaxBatch || len(b.runs) >= maxRuns*runSize }
 
 // Pages are those with data and those of zeros that are in the batch.
-func (b *Batch) Pages() (normal, zero uint64) { return b.pages, b.nzero }
+func (b *Batch) Pages() (normal, zero uint64) { return uint64(b.size / pageSize), b.nzero }
 
 // beforeData is the room in bytes for what comes before a batch's data.
-const beforeData = headerSize + batchSize + maxRuns*runSize
+const beforeData = headerSize + maxPages - MaxBatch
 
 // Send writes the batch as a frame, if there is something in it, and empties it.
 func (b *Batch) Send(c *Conn) error {
 	if len(b.runs) == 0 {
 		return nil
 	}
-	frame := b.seal()
-	b.runs, b.data, b.pages, b.nzero = b.runs[:0], b.data[:0], 0, 0
-	return c.writeAll(frame)
+	b.windows[0] = b.seal()
+	defer b.reset()
+	return c.writeAll(b.windows...)
 }
 
-// seal makes the frame.
+// reset empties the batch.
+func (b *Batch) reset() {
+	b.runs, b.data, b.size, b.nzero = b.runs[:0], b.data[:0], 0, 0
+	clear(b.windows)
+	b.windows = b.windows[:1]
+}
+
+// seal makes the frame but for data that go direct.
 func (b *Batch) seal() []byte {
-	frame, data, how := b.frame, b.data, None
+	frame, data, how, check := b.frame, b.data, None, b.check
 	if packed := b.pack(); len(packed) < len(data) {
-		frame, data, how = b.packed, packed, b.compression
+		frame, data, how, check = b.packed, packed, b.compression, checkData
+	}
+	b.sums = b.sums[:0]
+	if check != checkData {
+		b.windows[0] = data
+		for _, w := range b.windows {
+			for ; len(w) > 0; w = w[pageSize:] {
+				b.sums = le.AppendUint32(b.sums, pageSum(check, w[:pageSize]))
+			}
+		}
 	}
 	// What comes first is put right before the data, so that they are written as one.
-	head := frame[beforeData-len(b.runs)-batchSize : beforeData]
+	length := batchSize + len(b.runs) + len(b.sums)
+	head := frame[beforeData-length : beforeData]
 	clear(head[:batchSize])
 	le.PutUint16(head, uint16(len(b.runs)/runSize))
-	head[2] = byte(how)
-	le.PutUint32(head[4:], uint32(len(b.data)))
-	copy(head[batchSize:], b.runs)
-	frame = frame[beforeData-len(head)-headerSize : beforeData+len(data)]
-	crc := uint32(0)
-	if how == None && b.digest {
-		var d digest
-		head[3] = checkDigest
-		d.add(data)
-		crc = d.update(updateCRC(0, head))
+	head[2], head[3] = byte(how), check
+	le.PutUint32(head[4:], uint32(b.size))
+	copy(head[batchSize+copy(head[batchSize:], b.runs):], b.sums)
+	frame = frame[beforeData-length-headerSize : beforeData+len(data)]
+	if how == None {
+		length += b.size
 	} else {
-		crc = updateCRC(0, frame[headerSize:])
+		length += len(data)
 	}
-	Header{TypePages, uint32(len(frame) - headerSize), crc}.put(frame)
+	crc := uint32(0)
+	if check == checkData {
+		crc = updateCRC(0, frame[headerSize:])
+	} else {
+		crc = updateCRC(0, head)
+	}
+	Header{TypePages, uint32(length), crc}.put(frame)
 	return frame
+}
+
+// pageSum is the sum of a page.
+func pageSum(check uint8, page []byte) uint32 {
+	if check == checkPages {
+		return updateCRC(0, page)
+	}
+	var d digest
+	d.add(page)
+	return d.update(0)
 }
 
 // pack compresses the data; what is no shorter is not wanted.
@@ -227,7 +272,7 @@ func (b *Batch) pack() []byte {
 type decoders struct {
 	zstd *zstd.Decoder
 	in   []byte
-	runs []byte
+	runs []byte   // and the sums
 	bufs [][]byte // windows of the runs that are read straight into guest memory
 	rest [][]byte // of those, what is not read yet
 }
@@ -238,8 +283,16 @@ type Sink struct {
 	Memory *guestmem.Memory
 	// Written are pages that were received at least once: those that need not be zero.
 	Written *guestmem.Bitmap
+	// Changed are pages that were not what their sums say: the guest has written to them meanwhile. They have
+	// to come again, or the stream is corrupt.
+	Changed *guestmem.Bitmap
 	// Coming, if not nil, is called before n bytes at gpa are written to.
 	Coming func(gpa, n uint64)
+}
+
+// NewSink has pages go to m.
+func NewSink(m *guestmem.Memory) *Sink {
+	return &Sink{Memory: m, Written: guestmem.NewBitmap(m), Changed: guestmem.NewBitmap(m)}
 }
 
 // window is where a run goes, if it is RAM.
@@ -264,6 +317,21 @@ func (s *Sink) clear(gpa uint64, b []byte) {
 	}
 }
 
+// compare finds the pages that have changed on the way.
+func (s *Sink) compare(runs, sums []byte, check uint8) {
+	for ; len(runs) > 0; runs = runs[runSize:] {
+		gpa, b, isZero, _ := s.window(runs)
+		if isZero {
+			continue
+		}
+		for ; len(b) > 0; b, sums, gpa = b[pageSize:], sums[sumSize:], gpa+pageSize {
+			if pageSum(check, b[:pageSize]) != le.Uint32(sums) {
+				s.Changed.Set(gpa, pageSize)
+			}
+		}
+	}
+}
+
 // ReadPages reads the payload of a Pages frame into guest memory. It returns the number of
 // pages with data and of zero pages. After an error, guest memory is of no use.
 func (c *Conn) ReadPages(h Header, s *Sink) (normal, zero uint64, err error) {
@@ -275,23 +343,31 @@ func (c *Conn) ReadPages(h Header, s *Sink) (normal, zero uint64, err error) {
 		return 0, 0, noEOF(err)
 	}
 	n, compression, check, raw := int(le.Uint16(head[:])), Compression(head[2]), head[3], le.Uint32(head[4:])
-	packed := int(h.Length) - batchSize - n*runSize
+	sums := 0 // bytes
+	if check != checkData {
+		sums = int(raw / pageSize * sumSize)
+	}
+	packed := int(h.Length) - batchSize - n*runSize - sums
 	switch {
 	case n == 0 || n > maxRuns || raw > MaxBatch || packed < 0 || int(compression) >= len(compressions) ||
-		check != checkData && (check != checkDigest || compression != None):
-		return 0, 0, corrupt("batch of %d runs, %d bytes, compression %d", n, raw, compression)
+		check != checkData && (check != checkPages && check != checkDigests || compression != None):
+		return 0, 0, corrupt("batch of %d runs, %d bytes, compression %d, check %d", n, raw, compression, check)
 	case compression == None && packed != int(raw):
 		return 0, 0, corrupt("batch of %d bytes in %d", raw, packed)
 	}
-	c.unpack.runs = grow(c.unpack.runs, n*runSize)
+	c.unpack.runs = grow(c.unpack.runs, n*runSize+sums)
 	if err := c.readFull(c.unpack.runs); err != nil {
 		return 0, 0, noEOF(err)
 	}
 	crc := updateCRC(updateCRC(0, head[:]), c.unpack.runs)
+	if check != checkData && crc != h.crc {
+		return 0, 0, corrupt("checksum of a pages frame")
+	}
+	runs, wanted := c.unpack.runs[:n*runSize], c.unpack.runs[n*runSize:]
 
 	// Look at all runs before any is written.
 	sum := uint64(0)
-	for run := c.unpack.runs; len(run) > 0; run = run[runSize:] {
+	for run := runs; len(run) > 0; run = run[runSize:] {
 		_, b, isZero, err := s.window(run)
 		switch {
 		case err != nil:
@@ -319,8 +395,9 @@ func (c *Conn) ReadPages(h Header, s *Sink) (normal, zero uint64, err error) {
 		}
 	}
 	c.unpack.bufs = c.unpack.bufs[:0]
-	for run := c.unpack.runs; len(run) > 0; run = run[runSize:] {
+	for run := runs; len(run) > 0; run = run[runSize:] {
 		gpa, b, isZero, _ := s.window(run)
+		s.Changed.Unset(gpa, uint64(len(b)))
 		if isZero {
 			s.clear(gpa, b)
 			continue
@@ -340,16 +417,12 @@ func (c *Conn) ReadPages(h Header, s *Sink) (normal, zero uint64, err error) {
 	if err := c.readAll(c.unpack.rest); err != nil {
 		return 0, 0, err
 	}
-	var d digest
-	for _, b := range into {
-		if check == checkDigest {
-			d.add(b)
-		} else {
-			crc = updateCRC(crc, b)
-		}
+	if check != checkData {
+		s.compare(runs, wanted, check)
+		return sum / pageSize, zero, nil
 	}
-	if check == checkDigest {
-		crc = d.update(crc)
+	for _, b := range into {
+		crc = updateCRC(crc, b)
 	}
 	if crc != h.crc {
 		return 0, 0, corrupt("checksum of a pages frame")

@@ -15,7 +15,7 @@ import (
 // more closely, which costs more than the call itself where CPUs are emulated.
 type rawSocket struct {
 	syscall.RawConn
-	vectors []unix.Iovec // of read
+	reading, writing []unix.Iovec
 }
 
 // newSocket returns nil for a stream that is none, or more than that, as TLS is.
@@ -36,21 +36,16 @@ func newSocket(stream any) *rawSocket {
 
 // read reads into the buffers, at least one byte, as io.Reader does.
 func (s *rawSocket) read(bufs ...[]byte) (n int, err error) {
-	s.vectors = s.vectors[:0]
-	for _, b := range bufs {
-		if len(b) > 0 {
-			s.vectors = append(s.vectors, unix.Iovec{Base: &b[0], Len: uint64(len(b))})
-		}
-	}
-	if len(s.vectors) == 0 {
+	s.reading, _ = appendVectors(s.reading[:0], bufs)
+	if len(s.reading) == 0 {
 		return 0, nil
 	}
 	var errno syscall.Errno
 	err = s.RawConn.Read(func(fd uintptr) bool {
-		n, errno = vector(unix.SYS_READV, fd, s.vectors)
+		n, errno = vector(unix.SYS_READV, fd, s.reading)
 		return errno != unix.EAGAIN
 	})
-	clear(s.vectors)
+	clear(s.reading)
 	acquired()
 	switch {
 	case err != nil || errno != 0:
@@ -61,20 +56,36 @@ func (s *rawSocket) read(bufs ...[]byte) (n int, err error) {
 	return n, nil
 }
 
-// write writes all of p.
-func (s *rawSocket) write(p []byte) (n int, err error) {
+// appendVectors returns their length in bytes as well.
+func appendVectors(v []unix.Iovec, bufs [][]byte) (_ []unix.Iovec, n int) {
+	for _, b := range bufs {
+		if len(b) > 0 {
+			v = append(v, unix.Iovec{Base: &b[0], Len: uint64(len(b))})
+			n += len(b)
+		}
+	}
+	return v, n
+}
+
+// write writes all of the pieces, of which there are few enough for one call.
+func (s *rawSocket) write(pieces ...[]byte) (n int, err error) {
 	releasing()
+	var total int
+	s.writing, total = appendVectors(s.writing[:0], pieces)
+	rest := s.writing
 	var errno syscall.Errno
 	err = s.RawConn.Write(func(fd uintptr) bool {
-		for n < len(p) {
+		for n < total {
 			var k int
-			if k, errno = vector(unix.SYS_WRITEV, fd, []unix.Iovec{{Base: &p[n], Len: uint64(len(p) - n)}}); errno != 0 {
+			if k, errno = vector(unix.SYS_WRITEV, fd, rest); errno != 0 {
 				return errno != unix.EAGAIN
 			}
 			n += k
+			rest = skip(rest, uint64(k))
 		}
 		return true
 	})
+	clear(s.writing)
 	return n, named("write", err, errno)
 }
 

@@ -25,3 +25,16 @@ func vector(call, fd uintptr, v []unix.Iovec) (n int, errno syscall.Errno) {
 func asWords(p []byte) []uint64 {
 	return unsafe.Slice((*uint64)(unsafe.Pointer(&p[0])), len(p)/8)
 }
+
+// skip returns v, which it changes, without its first n bytes.
+func skip(v []unix.Iovec, n uint64) []unix.Iovec {
+	for len(v) > 0 && n >= v[0].Len {
+		n -= v[0].Len
+		v = v[1:]
+	}
+	if n > 0 {
+		v[0].Base = (*byte)(unsafe.Add(unsafe.Pointer(v[0].Base), n))
+		v[0].Len -= n
+	}
+	return v
+}
