@@ -21,9 +21,9 @@ func ioctl[T any](fd int, r request, arg *T) (int, error) {
 	}
 }
 
-// ioctlAtOnce is ioctl for what neither waits nor takes longer than about a millisecond. The scheduler does not hear of
-// it: it would have another thread go on in this one's place, and look after all threads more closely for a while, which
-// takes longer than such a call where CPUs are emulated.
+// ioctlAtOnce is ioctl for what waits for nothing but the kernel, and takes about a millisecond at most. The scheduler does
+// not hear of it: it would have another thread go on in this one's place, and look after all threads more closely for a
+// while, which takes longer than such a call where CPUs are emulated.
 func ioctlAtOnce[T any](fd int, r request, arg *T) error {
 	for {
 		_, _, errno := unix.RawSyscall(unix.SYS_IOCTL, uintptr(fd), r.nr, uintptr(unsafe.Pointer(arg)))

@@ -1,6 +1,7 @@
 package migrate
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -482,7 +483,9 @@ type network struct {
 	stalled [2]bool // bytes to the target, bytes to the source, go nowhere
 	down    bool    // no connection can be made
 	corrupt [2]bool // the next byte is broken
-	moved   *sync.Cond
+
+	corruptPage bool // one of the next page is
+	moved       *sync.Cond
 }
 
 const toTarget, toSource = 0, 1
@@ -545,6 +548,12 @@ func (n *network) relay(from, to net.Conn, direction int) {
 		if n.corrupt[direction] && k > 0 {
 			b[k/2] ^= 1
 			n.corrupt[direction] = false
+		}
+		if zeros := make([]byte, 1000); n.corruptPage && direction == toTarget {
+			if i := bytes.Index(b[:k], zeros); i >= 0 { // no head, run or sum is among them
+				b[i+len(zeros)/2] ^= 1
+				n.corruptPage = false
+			}
 		}
 		n.mu.Unlock()
 		if k > 0 {

@@ -340,3 +340,28 @@ func TestCancelAtOnce(t *testing.T) {
 		t.Errorf("target: %v", err)
 	}
 }
+
+// TestAskedFor breaks a page that goes right from guest memory, as one is that somebody writes to meanwhile: the
+// target asks for it again.
+func TestAskedFor(t *testing.T) {
+	for _, channels := range []uint64{0, 2} {
+		tr := pair(t)
+		tr.opt.Capabilities = Capabilities{CapMultifd: channels > 0}
+		tr.opt.Params.MultifdChannels = max(channels, 1)
+		tr.at[SourceSending] = func() {
+			tr.net.mu.Lock()
+			defer tr.net.mu.Unlock()
+			tr.net.corruptPage = true
+		}
+		tr.start()
+		tr.settle()
+		tr.net.mu.Lock()
+		if tr.net.corruptPage {
+			t.Error("no page is broken")
+		}
+		tr.net.mu.Unlock()
+		if s := tr.source.Stats(); s.Status != StatusCompleted {
+			t.Errorf("%s: %v", s.Status, s.Err)
+		}
+	}
+}

@@ -34,16 +34,16 @@ func (s *Source) round(n int, until time.Time, rate func() uint64) (bytes uint64
 	return bytes, busy, nil
 }
 
-// arrived waits until the target has all of a round.
-func (s *Source) arrived(n int) error {
+// arrived waits until the target has all of a round, but for what it asks for again.
+func (s *Source) arrived(n int) (again []wire.Region, err error) {
 	if s.stream.OneWay {
-		return nil
+		return nil, nil
 	}
 	a, err := s.expect(wire.TypeRound)
 	if err == nil && a.round != n {
 		err = fmt.Errorf("%w: round %d, not %d, from the target", wire.ErrCorrupt, a.round, n)
 	}
-	return err
+	return a.again, err
 }
 
 // precopy goes over RAM, again and again, until the policy says that the rest is for the stop;
@@ -51,7 +51,7 @@ func (s *Source) arrived(n int) error {
 func (s *Source) precopy() error {
 	s.enter(SourceSending)
 	mem := s.m.Memory()
-	senders, err := newSenders(mem, s.settings(), s.ram)
+	senders, err := newSenders(mem, s.settings(), s.ram, s.direct)
 	if err != nil {
 		return err
 	}
@@ -90,7 +90,8 @@ func (s *Source) precopy() error {
 			return err
 		}
 		sent := time.Now()
-		if err := s.arrived(n); err != nil { // what is on its way then is no part of the stop
+		again, err := s.arrived(n) // what is on its way then is no part of the stop
+		if err != nil {
 			return err
 		}
 		busy += time.Since(sent)
@@ -98,6 +99,9 @@ func (s *Source) precopy() error {
 		look := time.Now()
 		if err := s.sync(s.dirty); err != nil {
 			return err
+		}
+		for _, r := range again {
+			s.dirty.Set(r.GPA, r.Size)
 		}
 		now := time.Now()
 		period := now.Sub(synced)

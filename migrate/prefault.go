@@ -68,7 +68,7 @@ func (p *prefault) roundEnded() {
 	}
 }
 
-// guestStarts returns when nothing is mapped, and never will be.
+// guestStarts returns when nothing is being mapped, and never will be.
 func (p *prefault) guestStarts() {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -8,7 +8,6 @@ import (
 	"sync"
 	"time"
 
-	"baton/kvm/guestmem"
 	"baton/migrate/wire"
 )
 
@@ -238,6 +237,7 @@ func (t *Target) readPayload(in *incoming, c *wire.Conn, main bool, h wire.Heade
 		if in.stream.OneWay {
 			return nil
 		}
+		m.Changed = t.changed()
 		return c.Write(wire.TypeRound, m)
 	case wire.TypeSection:
 		var m wire.Section
@@ -277,6 +277,16 @@ func (t *Target) readPayload(in *incoming, c *wire.Conn, main bool, h wire.Heade
 	}
 }
 
+// changed are pages to ask for again.
+func (t *Target) changed() (list []wire.Region) {
+	for gpa, n := range t.sink.Changed.Runs() {
+		if list = append(list, wire.Region{GPA: gpa, Size: n}); len(list) == wire.MaxChanged {
+			break
+		}
+	}
+	return list
+}
+
 // receive takes RAM and sections, and loads them.
 func (t *Target) receive(in *incoming) error {
 	in.began = true
@@ -310,9 +320,9 @@ func (t *Target) receive(in *incoming) error {
 				return fmt.Errorf("%w: %d sections and %d rounds, the source has sent %d and %d", wire.ErrCorrupt,
 					len(come), in.rounds.ended(), f.Sections, f.Rounds)
 			}
-			for gpa, n := range t.sink.Changed.Runs() {
-				return fmt.Errorf("%w: %d pages of RAM, the first %d at %#x, are not what has been sent", wire.ErrCorrupt,
-					t.sink.Changed.Count(), n/guestmem.PageSize, gpa)
+			for _, r := range t.changed() {
+				return fmt.Errorf("%w: RAM of %d pages, first at %#x, is not what has been sent", wire.ErrCorrupt,
+					t.sink.Changed.Count(), r.GPA)
 			}
 			in.end, in.stopped = f, time.Now().Add(-time.Duration(f.Stopped)*time.Microsecond)
 			return t.load(in, come)

@@ -43,7 +43,7 @@ type senders struct {
 	zero      atomic.Uint64
 }
 
-func newSenders(m *guestmem.Memory, p Params, conns []*wire.Conn) (*senders, error) {
+func newSenders(m *guestmem.Memory, p Params, conns []*wire.Conn, direct bool) (*senders, error) {
 	s := &senders{mem: m, conns: conns}
 	c, err := wire.ParseCompression(p.MultifdCompression)
 	if err != nil {
@@ -54,7 +54,7 @@ func newSenders(m *guestmem.Memory, p Params, conns []*wire.Conn) (*senders, err
 		if s.batch[i], err = wire.NewBatch(m, c, int(p.MultifdZstdLevel), p.ZeroPageDetection != "none"); err != nil {
 			return nil, err
 		}
-		if c == wire.None && conns[i].Direct() {
+		if direct && c == wire.None {
 			s.batch[i].Direct()
 		}
 	}

@@ -23,6 +23,7 @@ type Source struct {
 	stream *wire.Stream
 	main   *wire.Conn
 	ram    []*wire.Conn // connections that carry RAM: the channels, or main
+	direct bool         // see wire.Batch.Direct
 	conns  []*wire.Conn // all; guarded by mu
 
 	answers chan answer
@@ -53,6 +54,7 @@ type answer struct {
 	t     wire.Type
 	stall int64
 	round int
+	again []wire.Region
 }
 
 // refusal is the target's reason.
@@ -266,7 +268,7 @@ func (s *Source) connect() (err error) {
 	p := s.settings()
 	hello := wire.Hello{Session: s.session, OneWay: s.stream.OneWay, Compression: p.MultifdCompression,
 		Stall: int64(p.StallTimeout), Facts: s.m.Facts()}
-	if wire.SlowCRC() || s.main.Direct() {
+	if s.direct = s.main.Direct() && p.MultifdCompression == "none"; s.direct || wire.SlowCRC() {
 		hello.Features = append(hello.Features, wire.FeatureSums)
 	}
 	for _, r := range s.m.Memory().Regions() {
@@ -372,7 +374,7 @@ func (s *Source) readAnswer() error {
 	case wire.TypeRound:
 		var m wire.Round
 		err = s.main.ReadMessage(h, &m)
-		a.round = m.Number
+		a.round, a.again = m.Number, m.Changed
 	default:
 		err = s.main.ReadMessage(h, nil)
 	}
@@ -524,7 +526,7 @@ func (s *Source) stopGuest() (err error) {
 		return nil
 	}
 	s.enter(SourceLoading)
-	if err := s.arrived(round); err != nil {
+	if _, err := s.arrived(round); err != nil { // what it asks for is corrupt, and no answer follows
 		return err
 	}
 	if _, err := s.expect(wire.TypeLoaded); err != nil {

@@ -6,7 +6,7 @@ import (
 	"os"
 )
 
-// Pagemap is what the kernel tells of this process's memory, /proc/self/pagemap. It is for one goroutine.
+// Pagemap is what the kernel tells of this process's memory, /proc/self/pagemap. It is for one goroutine at a time.
 type Pagemap struct {
 	mem     *Memory
 	file    *os.File

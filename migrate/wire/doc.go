@@ -22,5 +22,5 @@
 // The receiver trusts nothing: lengths are checked against the type's cap, and buffers grow with
 // what arrives; pages go to RAM or nowhere. A broken byte is noticed, but what it did to guest memory
 // stays, so the guest must not be started after an error. A page that is not what its sum says may be one that
-// the guest has written to while it was sent; then it comes again, and is right when all has come.
+// somebody has written to while it was sent: the target's Round asks for it again.
 package wire

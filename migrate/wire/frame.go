@@ -286,7 +286,7 @@ func (c *Conn) readFull(p []byte) error {
 	return err
 }
 
-// writeAll writes a whole frame, in one piece unless there is a socket, or several.
+// writeAll writes a whole frame, or several.
 func (c *Conn) writeAll(pieces ...[]byte) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -331,8 +331,11 @@ func (c *Conn) write(pieces ...[]byte) (err error) {
 	n := 0
 	if c.socket != nil {
 		n, err = c.socket.write(pieces...)
-	} else {
-		n, err = c.stream.Write(pieces[0])
+	}
+	for i := 0; c.socket == nil && err == nil && i < len(pieces); i++ {
+		k := 0
+		k, err = c.stream.Write(pieces[i])
+		n += k
 	}
 	c.sent.Add(uint64(n))
 	if err != nil {

@@ -247,7 +247,12 @@ func sockets(t *testing.T) (a, b *Conn) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close(); d.Close() })
-	return NewConn(c), NewConn(d)
+	_ = c.(*net.TCPConn).SetWriteBuffer(64 << 10) // so that a batch goes in many pieces
+	_ = d.(*net.TCPConn).SetReadBuffer(64 << 10)
+	a, b = NewConn(c), NewConn(d)
+	a.SetStall(time.Minute, time.Minute)
+	b.SetStall(time.Minute, time.Minute)
+	return a, b
 }
 
 func TestAddOutside(t *testing.T) {
@@ -550,6 +555,9 @@ func BenchmarkLoopback(b *testing.B) {
 			batch, err := NewBatch(from, how, 1, true)
 			if err != nil {
 				b.Fatal(err)
+			}
+			if how == None {
+				batch.Direct()
 			}
 			c := NewConn(out)
 			b.SetBytes(size)

@@ -68,7 +68,12 @@ type Join struct {
 // Round ends a round on one connection.
 type Round struct {
 	Number int `cbor:"1,keyasint"` // 1 for the first
+	// Changed is what the target has found to be other than its sums say, or part of it: see Sink.Changed.
+	Changed []Region `cbor:"2,keyasint,omitempty"`
 }
+
+// MaxChanged is how many regions a Round has at most.
+const MaxChanged = 1024
 
 // End says what was sent.
 type End struct {

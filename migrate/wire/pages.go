@@ -68,7 +68,7 @@ type Batch struct {
 	sums    []byte   // likewise
 	frame   []byte   // room for the header, the head, maxRuns runs and the sums, then data
 	data    []byte   // of frame; nothing if they go direct
-	windows [][]byte // what is sent: first all before the data
+	windows [][]byte // what is sent: the frame, and what goes direct
 	packed  []byte   // as frame, when it is compressed
 	size    int      // of the data, in bytes
 	nzero   uint64   // zero pages
@@ -101,8 +101,8 @@ func NewBatch(m *guestmem.Memory, c Compression, level int, zeroPages bool) (*Ba
 // at all. Nil is all pages.
 func (b *Batch) Touched(set *guestmem.Bitmap) { b.touched = set }
 
-// Direct has pages written right from guest memory, by a socket, and without compression. What the guest writes to a page
-// between its sum and then is in some dirty log, so that the page is sent again; see Sink.Changed.
+// Direct has pages written right from guest memory, by a socket, and without compression. A page that is written to
+// between its sum and then is sent again: it is in a dirty log, and the target asks for it; see Sink.Changed.
 func (b *Batch) Direct() {
 	if b.direct = true; b.check == checkData {
 		b.check = checkPages
@@ -283,8 +283,8 @@ type Sink struct {
 	Memory *guestmem.Memory
 	// Written are pages that were received at least once: those that need not be zero.
 	Written *guestmem.Bitmap
-	// Changed are pages that were not what their sums say: the guest has written to them meanwhile. They have
-	// to come again, or the stream is corrupt.
+	// Changed are pages that were not what their sums say: somebody has written to them meanwhile. They are asked
+	// for again, by Round; those of the last round have not changed, but are corrupt.
 	Changed *guestmem.Bitmap
 	// Coming, if not nil, is called before n bytes at gpa are written to.
 	Coming func(gpa, n uint64)
