@@ -157,7 +157,11 @@ func (tr *trip) settle() {
 		// Nobody asks a target that has loaded all.
 		select {
 		case <-tr.reached[TargetDoubting]:
-			if err := tr.target.Decide(true); err != nil && tr.target.now() == TargetDoubting {
+			err := tr.target.Decide(true)
+			if tr.target.settledAs(never) { // the source had asked before it died, but has not said that it got the answer
+				err = tr.target.Decide(false)
+			}
+			if err != nil && tr.target.now() == TargetDoubting {
 				tr.t.Error(err)
 			}
 		case <-tr.reached[TargetFailed]:
