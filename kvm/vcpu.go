@@ -128,8 +128,8 @@ func (v *VCPU) Kick() {
 }
 
 // PreFault maps the n bytes at gpa, some MiB at a time, as if the guest had read them. It may be called from any thread,
-// but never while the vCPU runs, for the end of which it would wait, with all of Go's threads; Kick and Close wait for it. It needs CapPreFaultMemory, and fails where there is no second
-// level of page tables.
+// but never while the vCPU runs, for the end of which it would wait, with all of Go's threads; Kick and Close wait for
+// it. It needs CapPreFaultMemory, and fails where there is no second level of page tables.
 func (v *VCPU) PreFault(gpa, n uint64) error {
 	v.mu.Lock()
 	defer v.mu.Unlock()

@@ -91,11 +91,11 @@ func (d *digest) add(p []byte) {
 	*d = digest{a, b, c, e, aa, bb, cc, ee}
 }
 
-// update goes on with a CRC by the digest.
-func (d *digest) update(crc uint32) uint32 {
+// sum is the digest's CRC.
+func (d *digest) sum() uint32 {
 	var b [len(d) * 8]byte
 	for i, w := range d {
 		le.PutUint64(b[i*8:], w)
 	}
-	return updateCRC(crc, b[:])
+	return updateCRC(0, b[:])
 }

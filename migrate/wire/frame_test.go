@@ -170,7 +170,12 @@ func TestDirect(t *testing.T) {
 		}
 		b.Direct()
 		b.check = check
-		out, in := sockets(t)
+		a, z := sockets(t)
+		_ = a.SetWriteBuffer(64 << 10) // so that a batch goes in many pieces
+		_ = z.SetReadBuffer(64 << 10)
+		out, in := NewConn(a), NewConn(z)
+		out.SetStall(time.Minute, time.Minute)
+		in.SetStall(time.Minute, time.Minute)
 		to := fresh(t, from)
 		received := func(f func()) {
 			t.Helper()
@@ -232,7 +237,7 @@ func TestDirect(t *testing.T) {
 }
 
 // sockets are the two ends of a connection.
-func sockets(t *testing.T) (a, b *Conn) {
+func sockets(t testing.TB) (a, b *net.TCPConn) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -247,12 +252,7 @@ func sockets(t *testing.T) (a, b *Conn) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close(); d.Close() })
-	_ = c.(*net.TCPConn).SetWriteBuffer(64 << 10) // so that a batch goes in many pieces
-	_ = d.(*net.TCPConn).SetReadBuffer(64 << 10)
-	a, b = NewConn(c), NewConn(d)
-	a.SetStall(time.Minute, time.Minute)
-	b.SetStall(time.Minute, time.Minute)
-	return a, b
+	return c.(*net.TCPConn), d.(*net.TCPConn)
 }
 
 func TestAddOutside(t *testing.T) {
@@ -533,19 +533,7 @@ func BenchmarkLoopback(b *testing.B) {
 				le.PutUint64(host[i:], uint64(i>>6)*0x9e3779b97f4a7c15)
 			}
 			to := fresh(b, from)
-			l, err := net.Listen("tcp", "127.0.0.1:0")
-			if err != nil {
-				b.Fatal(err)
-			}
-			defer l.Close()
-			out, err := net.Dial("tcp", l.Addr().String())
-			if err != nil {
-				b.Fatal(err)
-			}
-			in, err := l.Accept()
-			if err != nil {
-				b.Fatal(err)
-			}
+			out, in := sockets(b)
 			ended := make(chan error)
 			go func() {
 				_, _, err := receiveAll(NewConn(in), to)

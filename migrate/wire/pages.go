@@ -230,18 +230,14 @@ func (b *Batch) seal() []byte {
 	le.PutUint32(head[4:], uint32(b.size))
 	copy(head[batchSize+copy(head[batchSize:], b.runs):], b.sums)
 	frame = frame[beforeData-length-headerSize : beforeData+len(data)]
-	if how == None {
-		length += b.size
-	} else {
-		length += len(data)
-	}
-	crc := uint32(0)
+	covered := head
 	if check == checkData {
-		crc = updateCRC(0, frame[headerSize:])
-	} else {
-		crc = updateCRC(0, head)
+		covered = frame[headerSize:]
 	}
-	Header{TypePages, uint32(length), crc}.put(frame)
+	if length += len(data); b.direct {
+		length += b.size
+	}
+	Header{TypePages, uint32(length), updateCRC(0, covered)}.put(frame)
 	return frame
 }
 
@@ -252,7 +248,7 @@ func pageSum(check uint8, page []byte) uint32 {
 	}
 	var d digest
 	d.add(page)
-	return d.update(0)
+	return d.sum()
 }
 
 // pack compresses the data; what is no shorter is not wanted.
