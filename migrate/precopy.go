@@ -100,6 +100,9 @@ func (s *Source) precopy() error {
 		if err := s.sync(s.dirty); err != nil {
 			return err
 		}
+		if len(again) > 0 {
+			s.log("round %d: RAM at %d places has changed on its way, the first at %#x, and is sent again", n, len(again), again[0].GPA)
+		}
 		for _, r := range again {
 			s.dirty.Set(r.GPA, r.Size)
 		}
