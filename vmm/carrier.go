@@ -29,21 +29,20 @@ import (
 //	    │                                   the slot is empty, or time is up                                   │
 //	    └──────────────────────────────────────────────────────────────────────────────────────────────────────┘
 //
-//	taking     the VF has the MAC; copies go to the standby's side, and are held from MSI-X on,
-//	           for two seconds at most
-//	serving    the same: what the guest sends may be lost, such as answers to what comes by the VF;
+//	taking     the VF has the MAC; the guest gets copies by the standby
+//	serving    copies are held: what the guest sends may be lost, such as answers to what comes by the VF;
 //	           for a second at most
 //	onPrimary  what is held is sent to the VF; nothing goes to the standby's side, but for copies
 //	           while Linux activates the VF's queue, which are sent to the VF as well: see settled
 //	asked      copies go there, and are held; at a pull what is held is forgotten but for what may be
 //	           in the primary's ring
 //	going      the same is forgotten, and nothing goes to the VF; after a second it is asked again
-//	letting    nothing goes to the VF
+//	letting    nothing goes to the VF, and all is held, for a tenth of a second at most
 //	onStandby  what is held goes to the guest
 //
-// Linux drops what comes by the standby while a primary is registered (net_failover,
-// RX_HANDLER_EXACT), with or without carrier, and takes nothing from a primary whose driver
-// has not enabled it: between the two there is a while with neither. It sends by a primary that has
+// Linux drops what comes by the standby while it has a primary (net_failover, RX_HANDLER_EXACT), with or without
+// carrier. It opens one, and so has a vector unmasked, before it takes it for that: until then it gets all by the
+// standby, and from then on nothing may come by that. It sends by a primary that has
 // a carrier, also before the queue of that throws nothing away, which is after the probe.
 type carrier struct {
 	m       *Machine
@@ -146,14 +145,11 @@ func (c *carrier) used(u pci.Use) {
 	case u.Unmasked && !c.plug.IsZero():
 		c.prime()
 		c.phase = serving
-		c.holdFor(driverTime)
+		c.holdFor(driverTime, c.toPrimary)
 	case u.Unmasked:
 		c.toPrimary()
 	case u.Master || u.Enabled:
 		c.prime()
-		if u.Enabled { // what comes by the standby from now on Linux throws away
-			c.holdFor(virtionet.HoldTime)
-		}
 	case c.phase == taking:
 		c.toStandby()
 	}
@@ -188,35 +184,27 @@ func (c *carrier) prime() {
 	c.do(steer.GiveMAC)
 }
 
-// How long frames are held at most for a guest that works at its primary's slot, and for its driver to
-// end its probe once that serves the primary, or to let go. Before that, it is [virtionet.HoldTime].
+// How long frames are held at most for a guest's driver to end its probe once that serves the primary, or to let go,
+// and for a guest to eject a primary that it has let go of: a busy one does not get on with that while it has frames to
+// see to.
 const (
-	quietTime  = 300 * time.Millisecond
 	driverTime = time.Second
+	ejectTime  = 100 * time.Millisecond
 )
 
 // plugged is for a primary that is in its slot. A guest takes frames from the standby until its
-// driver has the primary ready, but a busy one does not get on with that while it has them to see to.
+// driver has the primary ready.
 func (c *carrier) plugged() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.plug = time.Now()
-	if c.phase == onStandby {
-		c.holdFor(quietTime)
-	}
 }
 
-// holdFor holds the standby's frames until the guest's driver has the primary, or for so long.
-func (c *carrier) holdFor(limit time.Duration) {
+// holdFor holds the standby's frames for so long, and then does something else, unless that has been done.
+func (c *carrier) holdFor(limit time.Duration, then func()) {
 	c.begun()
 	c.warn(c.net.Hold())
-	c.until(limit, func() {
-		if c.phase == serving {
-			c.toPrimary()
-		} else if c.release(); c.phase == onStandby {
-			c.since = time.Time{}
-		}
-	})
+	c.until(limit, then)
 }
 
 // toPrimary is for a primary whose driver serves it, and has been probed.
@@ -330,7 +318,7 @@ func (c *carrier) until(limit time.Duration, f func()) {
 }
 
 // toStandby is for a primary whose driver has let go of it. A guest that has been asked to has
-// not done with that: see plugged.
+// not done with that: see ejectTime.
 func (c *carrier) toStandby() {
 	c.begun()
 	was := c.phase
@@ -339,7 +327,7 @@ func (c *carrier) toStandby() {
 	}
 	c.warn(c.net.Announce())
 	if c.phase = letting; was == asked || was == going {
-		c.holdFor(quietTime)
+		c.holdFor(ejectTime, c.release)
 	} else {
 		c.release()
 	}
