@@ -107,6 +107,9 @@ func (m *Machine) attachStandby(d *device) {
 	p.carrier = &carrier{m: m, standby: d.ID, net: card, steerer: steer.New(steer.Config{
 		MAC: net.HardwareAddr(mac[:]), TAP: card.Interface(), Script: s.script, Off: s.off,
 	})}
+	if err := p.carrier.steerer.Room(virtionet.HoldFrames); err != nil {
+		m.log.Warn(err.Error())
+	}
 	if p.device != nil {
 		p.carrier.watch(p.device)
 	}

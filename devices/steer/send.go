@@ -38,6 +38,22 @@ func (s *Steerer) Uplink() string {
 	return ""
 }
 
+// Room gives the TAP a transmit queue for at least so many frames: those that come while the guest stands still, and
+// until it has caught up. The default of 1000 is half a second of a busy guest's.
+func (s *Steerer) Room(frames int) error {
+	if s.c.Off || s.c.Script != "" {
+		return nil
+	}
+	link, err := netlink.LinkByName(s.c.TAP)
+	if err == nil && link.Attrs().TxQLen < frames {
+		err = netlink.LinkSetTxQLen(link, frames)
+	}
+	if err != nil {
+		return fmt.Errorf("steer %s: room for %d frames in the queue of %s: %w", s.c.MAC, frames, s.c.TAP, err)
+	}
+	return nil
+}
+
 // announce tells the wire of a PF that the MAC is there. Where the TAP is, its device does that.
 func (s *Steerer) announce(pf string) error {
 	if pf == "" || len(s.c.MAC) != 6 {

@@ -178,6 +178,31 @@ func TestOff(t *testing.T) {
 	}
 }
 
+// A TAP has room for what comes while the guest stands still; one that has more keeps it.
+func TestRoom(t *testing.T) {
+	bridge(t)
+	length := func() int {
+		l, err := netlink.LinkByName("tap0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return l.Attrs().TxQLen
+	}
+	was := length()
+	if err := New(Config{Off: true, TAP: "tap0"}).Room(9000); err != nil || length() != was {
+		t.Error(err, length(), was)
+	}
+	s := New(Config{MAC: mac, TAP: "tap0"})
+	for _, frames := range []int{5000, 4000} {
+		if err := s.Room(frames); err != nil || length() != 5000 {
+			t.Error(err, length())
+		}
+	}
+	if err := New(Config{MAC: mac, TAP: "nosuch"}).Room(5000); err == nil || !strings.Contains(err.Error(), "nosuch") {
+		t.Error(err)
+	}
+}
+
 // The wire of a PF that is not the bridge's learns where the MAC is now.
 func TestAnnounce(t *testing.T) {
 	bridge(t)
