@@ -41,15 +41,31 @@ type machineConfig struct {
 	accel     string // tcg or kvm
 	out       string // the folder that L1 may write to
 	tty       bool   // give the serial console our terminal
-	memory    int    // MiB
+	more      int    // MiB of RAM above 4 GiB
 	host      int    // 1: the second one of two
 	shared    string // the folder of what two have in common; "": there is one
 	wire      [2]int // the UDP ports of this machine by which two have one wire
 }
 
-// maxMemory keeps L1's RAM under 2.75 GiB. With more, the firmware puts the VF BARs above
-// 4 GiB, where QEMU 10.0.2 maps them wrongly.
-const maxMemory = 2688
+// memory is L1's RAM in MiB. With more than 2.75 GiB the firmware puts the VF BARs above 4 GiB, where QEMU 10.0.2
+// maps them wrongly. It does not count a DIMM, of which Linux is told by ACPI: moreMemory, which L1 has where so much
+// is left to this machine.
+const (
+	memory     = 2688
+	moreMemory = 2048
+)
+
+// moreRAM is how many MiB of a DIMM there are for each of some L1s.
+func moreRAM(hosts int) int {
+	text, _ := os.ReadFile("/proc/meminfo")
+	for line := range strings.Lines(string(text)) {
+		var kib int
+		if n, _ := fmt.Sscanf(line, "MemAvailable: %d kB", &kib); n == 1 && kib>>10 > 2*hosts*(memory+moreMemory) {
+			return moreMemory
+		}
+	}
+	return 0
+}
 
 // qemuArgs are the options of L1: an IOMMU, two SR-IOV NICs, each standing for one
 // physical host's, and an e1000e for the rest of the world, all on one wire.
@@ -74,7 +90,7 @@ func qemuArgs(c machineConfig) []string {
 	args := []string{
 		"-name", "baton-nested-host",
 		"-accel", accel, "-machine", machineType, "-cpu", cpu,
-		"-smp", "2", "-m", fmt.Sprint(c.memory),
+		"-smp", "2", "-m", fmt.Sprintf("%d,slots=1,maxmem=8G", memory),
 		"-display", "none", "-nodefaults", "-no-reboot", "-no-user-config",
 		"-d", "cpu_reset", "-D", filepath.Join(c.out, "cpu.%d.log"), // the registers at a triple fault; QEMU puts its pid there
 		"-kernel", c.kernel.image, "-initrd", c.initramfs, "-append", cmdline,
@@ -86,6 +102,9 @@ func qemuArgs(c machineConfig) []string {
 			"-device", fmt.Sprintf("pcie-root-port,id=rp%d,chassis=%d", i, i+1),
 			"-netdev", fmt.Sprintf("hubport,id=h%d,hubid=0", i),
 			"-device", fmt.Sprintf("%s,netdev=h%d,bus=rp%d,mac=52:54:00:00:%02x:%02x", nic, i, i, c.host, i+1))
+	}
+	if c.more > 0 {
+		args = append(args, "-object", fmt.Sprintf("memory-backend-ram,id=more,size=%dM", c.more), "-device", "pc-dimm,memdev=more")
 	}
 	if c.shared != "" { // what joins their wires, and a disk
 		const wire = "dgram,id=wire,local.type=inet,local.host=127.0.0.1,local.port=%d,remote.type=inet,remote.host=127.0.0.1,remote.port=%d"

@@ -126,7 +126,7 @@ func (e env) start(ctx context.Context, tty bool, out string, hosts int) (*machi
 	if err := e.install(ctx); err != nil {
 		return nil, err
 	}
-	c := machineConfig{qemu: qemu, kernel: findKernel("/"), accel: chooseAccel(), tty: tty, memory: maxMemory}
+	c := machineConfig{qemu: qemu, kernel: findKernel("/"), accel: chooseAccel(), tty: tty, more: moreRAM(hosts)}
 	program := filepath.Join(e.cache, "l1")
 	if err := e.build(ctx, "build", "-o", program, "./tests/nested/l1"); err != nil {
 		return nil, err

@@ -103,8 +103,8 @@ func TestNewc(t *testing.T) {
 }
 
 func TestQEMUArgs(t *testing.T) {
-	line := strings.Join(qemuArgs(machineConfig{accel: "tcg", out: "/tmp/a,b", memory: maxMemory}), " ")
-	for _, want := range []string{"-accel tcg,thread=multi", "-cpu max,la57=off", "-m 2688", "path=/tmp/a,,b/serial.log", "igb,netdev=h1,bus=rp1,mac=52:54:00:00:00:02", "e1000e,netdev=h2"} {
+	line := strings.Join(qemuArgs(machineConfig{accel: "tcg", out: "/tmp/a,b", more: 2048}), " ")
+	for _, want := range []string{"-accel tcg,thread=multi", "-cpu max,la57=off", "-m 2688,", "size=2048M", "path=/tmp/a,,b/serial.log", "igb,netdev=h1,bus=rp1,mac=52:54:00:00:00:02", "e1000e,netdev=h2"} {
 		if !strings.Contains(line, want) {
 			t.Errorf("no %q in %s", want, line)
 		}
