@@ -260,6 +260,7 @@ func (s *Source) dial(ctx context.Context, a wire.Address) (*wire.Stream, error)
 // connect goes from the beginning until the target is ready.
 func (s *Source) connect() (err error) {
 	s.enter(SourceConnecting)
+	go wire.Prepare()
 	if s.stream, err = s.dial(s.ctx, s.o.Address); err != nil {
 		return err
 	}

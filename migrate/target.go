@@ -80,6 +80,7 @@ func NewTarget(m TargetMachine, o Options) (*Target, error) {
 
 // Listen takes the address, so that a source can connect before Run is called.
 func (t *Target) Listen() (err error) {
+	wire.Prepare()
 	t.l, err = wire.Listen(t.o.Address, wire.Options{TLS: t.o.TLS, Files: t.o.Files})
 	if err != nil {
 		return fmt.Errorf("listen at %s: %w", t.o.Address, err)

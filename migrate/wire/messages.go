@@ -3,6 +3,7 @@ package wire
 import (
 	"errors"
 	"strings"
+	"sync"
 
 	"github.com/fxamacker/cbor/v2"
 )
@@ -134,6 +135,18 @@ func (r Reason) Err() error {
 	}
 	return errors.New(strings.Join(lines, "\n"))
 }
+
+// Prepare has the codec look at the messages, as it does when it first sees one: that takes longer than to send it.
+var Prepare = sync.OnceFunc(func() {
+	region := []Region{{}}
+	for _, v := range []any{
+		&Hello{Regions: region, Facts: []Fact{{}}, Sections: []SectionInfo{{}}, Features: []string{""}},
+		&Accept{}, &Round{Changed: region}, &Section{Data: []byte{0}}, &End{Stopped: 1}, &Done{Late: []Late{{Frames: [][]byte{{0}}}}},
+	} {
+		b, err := encoding.Marshal(v)
+		must(b, errors.Join(err, decoding.Unmarshal(b, v)))
+	}
+})
 
 // Limits of a message. Strings are as long as the frame at most.
 const (
