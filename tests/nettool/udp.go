@@ -23,7 +23,8 @@ type Datagrams struct {
 
 	mu      sync.Mutex
 	sent    uint64
-	seen    map[uint64]int // how often each number came
+	seen    []uint8 // how often each number came, less than 256 times
+	some    int     // numbers that came
 	first   uint64
 	highest uint64
 	result  DatagramResult
@@ -94,7 +95,7 @@ func StartDatagrams(local, to string, rate int) (*Datagrams, error) {
 		unix.Close(fd)
 		return nil, fmt.Errorf("datagrams from %s: %w", local, err)
 	}
-	d := &Datagrams{stop: make(chan struct{}), comes: make(chan struct{}), seen: map[uint64]int{}}
+	d := &Datagrams{stop: make(chan struct{}), comes: make(chan struct{})}
 	d.done.Go(func() {
 		defer unix.Close(fd)
 		d.run(fd, dest, rate)
@@ -146,29 +147,41 @@ func (d *Datagrams) run(fd int, to unix.Sockaddr, rate int) {
 				break
 			}
 			at := came(control[:m])
+			d.mu.Lock()
 			for b := buf[:n]; len(b) >= size; b = b[size:] { // several may come as one
 				d.take(binary.BigEndian.Uint64(b), at)
 			}
+			d.mu.Unlock()
 		}
 	}
 }
 
-// came is when the kernel had what came with this control message.
+// came is when the kernel had what came with this control message. It allocates nothing.
 func came(control []byte) time.Time {
-	messages, _ := unix.ParseSocketControlMessage(control)
-	for _, m := range messages {
-		if m.Header.Level == unix.SOL_SOCKET && m.Header.Type == unix.SO_TIMESTAMPNS && len(m.Data) >= 16 {
-			return time.Unix(int64(binary.NativeEndian.Uint64(m.Data)), int64(binary.NativeEndian.Uint64(m.Data[8:])))
+	for len(control) >= unix.SizeofCmsghdr {
+		length := int(binary.NativeEndian.Uint64(control)) // struct cmsghdr, cmsg(3)
+		level, kind := binary.NativeEndian.Uint32(control[8:]), binary.NativeEndian.Uint32(control[12:])
+		if length < unix.SizeofCmsghdr || length > len(control) {
+			break
 		}
+		if data := control[unix.SizeofCmsghdr:length]; level == unix.SOL_SOCKET && kind == unix.SO_TIMESTAMPNS && len(data) >= 16 {
+			return time.Unix(int64(binary.NativeEndian.Uint64(data)), int64(binary.NativeEndian.Uint64(data[8:])))
+		}
+		control = control[min((length+7)&^7, len(control)):]
 	}
 	return time.Now()
 }
 
+// maxNumber is more than is sent in a test.
+const maxNumber = 1 << 24
+
+// take notes a datagram; mu is held.
 func (d *Datagrams) take(number uint64, now time.Time) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	if number >= maxNumber {
+		return // it is not one of ours
+	}
 	r := &d.result
-	if len(d.seen) == 0 {
+	if d.some == 0 {
 		d.first, d.highest, d.last, d.begin = number, number, now, now
 		close(d.comes)
 	}
@@ -177,13 +190,17 @@ func (d *Datagrams) take(number uint64, now time.Time) {
 		d.buckets = append(d.buckets, 0)
 	}
 	d.buckets[i]++
-	d.seen[number]++
+	for uint64(len(d.seen)) <= number {
+		d.seen = append(d.seen, 0)
+	}
 	r.Received++
-	switch {
+	switch d.seen[number]++; {
 	case d.seen[number] > 1:
 		r.Doubled++
-	case number < d.highest:
-		r.Reordered++
+	default:
+		if d.some++; number < d.highest {
+			r.Reordered++
+		}
 	}
 	d.first, d.highest = min(d.first, number), max(d.highest, number)
 	r.GapMicros = max(r.GapMicros, now.Sub(d.last).Microseconds())
@@ -196,8 +213,8 @@ func (d *Datagrams) Result() DatagramResult {
 	defer d.mu.Unlock()
 	r := d.result
 	r.Sent = d.sent
-	if len(d.seen) > 0 {
-		r.Lost = int(d.highest-d.first) + 1 - len(d.seen)
+	if d.some > 0 {
+		r.Lost = int(d.highest-d.first) + 1 - d.some
 	}
 	return r
 }

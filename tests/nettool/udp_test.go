@@ -6,7 +6,7 @@ import (
 )
 
 func TestDatagrams(t *testing.T) {
-	d := &Datagrams{comes: make(chan struct{}), seen: map[uint64]int{}}
+	d := &Datagrams{comes: make(chan struct{})}
 	now := time.Now()
 	for i, n := range []uint64{5, 6, 8, 7, 7, 11} {
 		d.take(n, now.Add(time.Duration(i)*time.Millisecond))
