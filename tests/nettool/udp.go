@@ -158,16 +158,15 @@ func (d *Datagrams) run(fd int, to unix.Sockaddr, rate int) {
 
 // came is when the kernel had what came with this control message. It allocates nothing.
 func came(control []byte) time.Time {
-	for len(control) >= unix.SizeofCmsghdr {
-		length := int(binary.NativeEndian.Uint64(control)) // struct cmsghdr, cmsg(3)
-		level, kind := binary.NativeEndian.Uint32(control[8:]), binary.NativeEndian.Uint32(control[12:])
-		if length < unix.SizeofCmsghdr || length > len(control) {
+	for len(control) > 0 {
+		h, data, rest, err := unix.ParseOneSocketControlMessage(control)
+		if err != nil {
 			break
 		}
-		if data := control[unix.SizeofCmsghdr:length]; level == unix.SOL_SOCKET && kind == unix.SO_TIMESTAMPNS && len(data) >= 16 {
+		if h.Level == unix.SOL_SOCKET && h.Type == unix.SO_TIMESTAMPNS && len(data) >= 16 {
 			return time.Unix(int64(binary.NativeEndian.Uint64(data)), int64(binary.NativeEndian.Uint64(data[8:])))
 		}
-		control = control[min((length+7)&^7, len(control)):]
+		control = rest
 	}
 	return time.Now()
 }
