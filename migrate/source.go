@@ -63,6 +63,10 @@ type refusal struct{ reason error }
 func (e *refusal) Error() string { return "the target: " + e.reason.Error() }
 func (e *refusal) Unwrap() error { return e.reason }
 
+// Prepare does once what any attempt needs and takes its time. To call it when a migration is likely is enough; NewSource's
+// attempt does not wait for it before it has to.
+func Prepare() { wire.Prepare() }
+
 // NewSource prepares an attempt. It fails on parameters that cannot be.
 func NewSource(m SourceMachine, o Options) (*Source, error) {
 	if o.Policy == nil {

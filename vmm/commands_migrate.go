@@ -273,6 +273,7 @@ func (m *Machine) setCapabilities(a capabilitiesArgs) error {
 	if err == nil {
 		m.migration.capabilities = c
 		m.migration.tell.Store(c.Has(migrate.CapEvents))
+		go migrate.Prepare()
 	}
 	return err
 }
@@ -286,6 +287,7 @@ func (m *Machine) setParameters(a migrateParameters) error {
 		return Errors(err)[0]
 	}
 	m.migration.params = p
+	go migrate.Prepare()
 	if s := m.migration.source; s != nil && m.migrating() {
 		s.SetParams(p)
 	}

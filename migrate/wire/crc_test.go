@@ -49,7 +49,7 @@ func TestDigest(t *testing.T) {
 			q[bit/8] ^= 1 << (bit % 8)
 			q[second+bit/8] ^= 1 << (bit % 8)
 			var d digest
-			if d.add(q); d == once {
+			if d.add(q); d == once || d.sum() == once.sum() {
 				t.Errorf("bit %d, there and %d bytes after it: not noticed", bit, second)
 			}
 		}

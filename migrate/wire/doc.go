@@ -11,9 +11,10 @@
 //	             check 0: the frame's CRC covers all that
 //	             check 3: u32 CRC32C of each page of the data, between the runs and these; the frame's CRC covers
 //	             all but the data
-//	             check 4: the same, with the CRC32C of each page's digest, 8 sums of u64: word n of the page is
-//	             added to sum n % 4, and that to sum 4 + n % 4; after each fourth word, sum (n/4 + 3) % 4 grows by
-//	             sum n/4 % 4 shifted right by 29. Checks 1 and 2 are no longer used
+//	             check 5: the same, with each page's digest, 8 sums of u64: word n of the page is added to sum n % 4,
+//	             and that to sum 4 + n % 4; after each fourth word, sum (n/4 + 3) % 4 grows by sum n/4 % 4 shifted
+//	             right by 29. Of those, one u32: for each, h = (h ^ sum) * 0x9e3779b97f4a7c15, h ^= h >> 32, from
+//	             h = 0 on; its low half. Checks 1, 2 and 4 are no longer used
 //
 // All numbers are little-endian. Both sides of a connection begin with the preamble; a file has
 // the source's only. The first frame says what the connection is for: Hello (the main one), Join (a

@@ -28,7 +28,7 @@ type Hello struct {
 }
 
 // FeatureSums says that there may be batches with a sum of each page.
-const FeatureSums = "page-sums-1"
+const FeatureSums = "page-sums-2"
 
 // Region is one of RAM, in bytes.
 type Region struct {
@@ -136,8 +136,10 @@ func (r Reason) Err() error {
 	return errors.New(strings.Join(lines, "\n"))
 }
 
-// Prepare has the codec look at the messages, as it does when it first sees one: that takes longer than to send it.
+// Prepare has the codec look at the messages, as it does when it first sees one, and finds out how CRCs are made here:
+// each takes longer than to send a message.
 var Prepare = sync.OnceFunc(func() {
+	updateCRC(0, nil)
 	region := []Region{{}}
 	for _, v := range []any{
 		&Hello{Regions: region, Facts: []Fact{{}}, Sections: []SectionInfo{{}}, Features: []string{""}},

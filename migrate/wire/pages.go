@@ -14,7 +14,7 @@ import (
 //
 //	head  u16 runs, u8 compression, u8 check, u32 bytes of data before compression
 //	run   u64 guest-physical address, u32 pages, u32 kind
-//	sum   u32 for each page of the data, with checks 3 and 4
+//	sum   u32 for each page of the data, with checks 3 and 5
 const (
 	batchSize = 8
 	runSize   = 16
@@ -25,8 +25,8 @@ const (
 	kindData, kindZero = 0, 1
 
 	// What of the data is checked: they themselves, by the frame's CRC, or, where they are not compressed, each page by
-	// its CRC or its digest's.
-	checkData, checkPages, checkDigests = 0, 3, 4
+	// its CRC or its digest's sum.
+	checkData, checkPages, checkDigests = 0, 3, 5
 
 	pageSize = guestmem.PageSize
 	sumSize  = 4
