@@ -1,7 +1,6 @@
 package wire
 
 import (
-	"bufio"
 	"bytes"
 	"encoding/binary"
 	"errors"
@@ -144,7 +143,8 @@ type Conn struct {
 	held     []byte     // what Hold keeps back; nil: nothing is
 	sent     atomic.Uint64
 	received atomic.Uint64
-	in       *bufio.Reader
+	ahead    [readAhead]byte
+	unread   []byte // of ahead
 	scratch  []byte // of the reader: small payloads, and batches that are decompressed
 	unpack   decoders
 }
@@ -152,7 +152,6 @@ type Conn struct {
 // NewConn makes frames of a stream. Deadlines work if it has them, as a net.Conn does.
 func NewConn(stream io.ReadWriteCloser) *Conn {
 	c := &Conn{stream: stream, close: stream.Close, socket: newSocket(stream)}
-	c.in = bufio.NewReaderSize(reader{c}, readAhead)
 	if d, ok := stream.(deadliner); ok {
 		c.dl, c.setRead, c.setWrite = d, d.SetReadDeadline, d.SetWriteDeadline
 	}
@@ -235,13 +234,19 @@ func (c *Conn) Read(p []byte) (int, error) {
 	if c.interrupted.Load() {
 		return 0, net.ErrClosed
 	}
-	return c.in.Read(p)
+	if len(c.unread) == 0 {
+		if len(p) >= readAhead {
+			return c.read(p)
+		}
+		n, err := c.read(c.ahead[:])
+		if c.unread = c.ahead[:n]; n == 0 {
+			return 0, err
+		}
+	}
+	n := copy(p, c.unread)
+	c.unread = c.unread[n:]
+	return n, nil
 }
-
-// reader is what a Conn reads from.
-type reader struct{ c *Conn }
-
-func (r reader) Read(p []byte) (int, error) { return r.c.read(p) }
 
 // read reads from the stream into the buffers, of which there is one if that is no socket.
 func (c *Conn) read(bufs ...[]byte) (n int, err error) {
@@ -257,13 +262,17 @@ func (c *Conn) read(bufs ...[]byte) (n int, err error) {
 	return n, err
 }
 
-// readAll fills the buffers, which it changes.
+// readAll fills the buffers, which it changes. What has come of the next frame then is read with them, if one call can.
 func (c *Conn) readAll(bufs [][]byte) error {
 	for len(bufs) > 0 {
 		n, err := 0, error(nil)
-		if c.in.Buffered() > 0 || c.socket == nil {
+		switch {
+		case len(c.unread) > 0 || c.socket == nil:
 			n, err = c.Read(bufs[0])
-		} else {
+		case len(bufs) < maxRuns:
+			c.unpack.more = append(append(c.unpack.more[:0], bufs...), c.ahead[:])
+			n, err = c.read(c.unpack.more...)
+		default:
 			n, err = c.read(bufs...)
 		}
 		for ; len(bufs) > 0 && n >= len(bufs[0]); bufs = bufs[1:] {
@@ -273,6 +282,8 @@ func (c *Conn) readAll(bufs [][]byte) error {
 			if bufs[0] = bufs[0][n:]; err != nil {
 				return noEOF(err)
 			}
+		} else if n > 0 {
+			c.unread = c.ahead[:n]
 		}
 	}
 	return nil

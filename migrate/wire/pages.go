@@ -271,6 +271,7 @@ type decoders struct {
 	runs []byte   // and the sums
 	bufs [][]byte // windows of the runs that are read straight into guest memory
 	rest [][]byte // of those, what is not read yet
+	more [][]byte // that, and room for what comes next
 }
 
 // Sink is where pages go: guest memory, and what of it has been written. Several
