@@ -15,9 +15,9 @@ import (
 // block is what a sender takes at a time, in bytes: whole words of the bitmap.
 const block = 1 << 20
 
-// lookAhead is how many blocks are looked after at a time before they are read: see read. What the guest writes to them
-// until then costs it nothing, and to do so for each block would interrupt it more often.
-const lookAhead = 8
+// lookAhead is how much of a round, in bytes, is looked after at a time before it is read: see read. What the guest writes
+// to it until then costs it nothing, and to do so for each block would interrupt it more often.
+const lookAhead = 8 * block
 
 // senders send the pages of one round after the other over all connections that carry RAM.
 type senders struct {
@@ -78,11 +78,11 @@ func (s *senders) at(i, n uint64) (gpa, size uint64) {
 
 // read says that block i is to be read, and so may be those before it: what the guest writes to them from now on is
 // for the next round, and what nobody has touched by now need not be read.
-func (s *senders) read(i uint64) error {
+func (s *senders) read(i uint64, pages *guestmem.Bitmap) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for s.ready <= i {
-		gpa, size := s.at(s.ready, lookAhead)
+		gpa, size := s.ahead(pages)
 		begin := time.Now()
 		for _, p := range s.protectors {
 			if err := p.Protect(gpa, size); err != nil {
@@ -102,6 +102,19 @@ func (s *senders) read(i uint64) error {
 		s.ready += (size + block - 1) / block
 	}
 	return nil
+}
+
+// ahead are the next blocks to look after, of one region.
+func (s *senders) ahead(pages *guestmem.Bitmap) (gpa, size uint64) {
+	gpa, size = s.at(s.ready, s.blocks)
+	room := uint64(lookAhead)
+	for run, n := range pages.RunsIn(gpa, size) {
+		if n >= room {
+			return gpa, min(size, (run+room-gpa+block-1)/block*block)
+		}
+		room -= n
+	}
+	return gpa, size
 }
 
 // look adds to touched what of size bytes at gpa somebody has touched.
@@ -161,7 +174,7 @@ func (s *senders) worker(ctx context.Context, c *wire.Conn, b *wire.Batch, pages
 		if i >= s.blocks {
 			break
 		}
-		if err := s.read(i); err != nil {
+		if err := s.read(i, pages); err != nil {
 			return err
 		}
 		for gpa, n := range pages.RunsIn(s.at(i, 1)) {
