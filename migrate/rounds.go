@@ -19,6 +19,9 @@ const block = 1 << 20
 // to it until then costs it nothing, and to do so for each block would interrupt it more often.
 const lookAhead = 8 * block
 
+// maxAhead is how many blocks that may be at most, where few of their pages are sent.
+const maxAhead = 1024
+
 // senders send the pages of one round after the other over all connections that carry RAM.
 type senders struct {
 	mem   *guestmem.Memory
@@ -104,15 +107,13 @@ func (s *senders) read(i uint64, pages *guestmem.Bitmap) error {
 	return nil
 }
 
-// ahead are the next blocks to look after, of one region.
+// ahead are the next blocks to look after, of one region, and no more than one call to the kernel should be for.
 func (s *senders) ahead(pages *guestmem.Bitmap) (gpa, size uint64) {
-	gpa, size = s.at(s.ready, s.blocks)
-	room := uint64(lookAhead)
-	for run, n := range pages.RunsIn(gpa, size) {
-		if n >= room {
-			return gpa, min(size, (run+room-gpa+block-1)/block*block)
+	gpa, rest := s.at(s.ready, maxAhead)
+	for found := uint64(0); size < rest && found < lookAhead; size = min(size+block, rest) {
+		for _, n := range pages.RunsIn(gpa+size, min(block, rest-size)) {
+			found += n
 		}
-		room -= n
 	}
 	return gpa, size
 }

@@ -267,6 +267,7 @@ func saved(t testing.TB) (stream []byte, file string) {
 
 // slowCRC has the CPU be one where the instruction for it is slow, or not.
 func slowCRC(t *testing.T, slow bool) {
+	Prepare() // which looks at it as well
 	before := wire.SlowCRC
 	wire.SlowCRC = func() bool { return slow }
 	t.Cleanup(func() { wire.SlowCRC = before })

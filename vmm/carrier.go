@@ -24,7 +24,7 @@ import (
 //	    │       MSI-X off       │         MSI-X off        │   MSI-X off   │   ├─────────────────┘ │ begins    │
 //	    ├───────────────────────┴──────────────────────────┴───────────────┘   └─────────────── going          │
 //	    │                                                                                MSI-X off │           │
-//	    │                                   ejected, or time is up                                 v           │
+//	    │                                   ejected, a driver comes back, or time is up            v           │
 //	    ├─────────────────────────────────────────────────────────────────────────────────────── letting       │
 //	    │                                   the slot is empty, or time is up                                   │
 //	    └──────────────────────────────────────────────────────────────────────────────────────────────────────┘
@@ -134,6 +134,9 @@ func (c *carrier) watch(d *device) {
 func (c *carrier) used(u pci.Use) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.phase == letting && (u.Master || u.Enabled) { // another driver, before it was ejected
+		c.release()
+	}
 	switch fast := c.phase.fast(); {
 	case c.phase == pulled: // its driver lets go when it has noticed: see left
 	case fast && !u.Enabled:

@@ -202,3 +202,26 @@ func TestCarrier(t *testing.T) {
 		t.Errorf("%+v, %v", pairs, err)
 	}
 }
+
+// A primary to which a driver comes back, whose guest has let go of it and not ejected it, has left its guest before.
+func TestDriverComesBack(t *testing.T) {
+	s := startPair(t, standby0+"on", primary0+"standby0,failover-unplug-timeout=60000")
+	s.probe("standby0").start(0)
+	s.shown(true, true)
+	p := s.probe("primary0")
+	p.msix(true)
+	s.checks(2)
+	s.event("FAILOVER_SWITCHED", "")
+	s.execute("failover-switch", map[string]any{"id": "standby0", "to": "standby"})
+	s.pair(failover.Unplugging)
+	p.msix(false)
+	p.msix(true)
+	for _, want := range []string{`"point":"unplug","to":"standby"`, `"point":"plug","to":"primary"`} {
+		if got := s.event("FAILOVER_SWITCHED", ""); !strings.Contains(got, want) {
+			t.Errorf("%s, not %s", got, want)
+		}
+	}
+	p.msix(false)
+	s.ejects(2)
+	s.pair(failover.Standby)
+}

@@ -91,7 +91,8 @@ func (d *digest) add(p []byte) {
 	*d = digest{a, b, c, e, aa, bb, cc, ee}
 }
 
-// sum makes 32 bits of the digest, by steps that are bijections as well. A CRC by tables took half as long as the page.
+// sum makes 32 bits of the digest, by steps that are bijections as well, but for the last, which takes the low half. Eight
+// multiplications for a page do not count; a CRC by tables took half as long as the page.
 func (d *digest) sum() uint32 {
 	h := uint64(0)
 	for _, w := range d {

@@ -43,6 +43,14 @@ func TestDigest(t *testing.T) {
 	if once != want || pages != want {
 		t.Errorf("%#x at once, %#x by pages, want %#x", once, pages, want)
 	}
+	sum := uint64(0)
+	for _, w := range want {
+		sum = (sum ^ w) * 0x9e3779b97f4a7c15
+		sum ^= sum >> 32
+	}
+	if got := once.sum(); got != uint32(sum) {
+		t.Errorf("sum %#x, want %#x", got, uint32(sum))
+	}
 	for bit := range 64 {
 		for second := 8; second < pageSize; second += 8 {
 			q := bytes.Clone(p)

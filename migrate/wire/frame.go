@@ -226,7 +226,7 @@ func (c *Conn) Sent() uint64 { return c.sent.Load() }
 // Received is the number of bytes read.
 func (c *Conn) Received() uint64 { return c.received.Load() }
 
-// readAhead is what is read at once of small frames. What is larger goes where it should.
+// readAhead is what is read at once of small frames, and of what follows pages. What is larger goes where it should.
 const readAhead = 8 << 10
 
 // Read reads bytes, for what is not a frame.
@@ -262,18 +262,16 @@ func (c *Conn) read(bufs ...[]byte) (n int, err error) {
 	return n, err
 }
 
-// readAll fills the buffers, which it changes. What has come of the next frame then is read with them, if one call can.
+// readAll fills the buffers, which it changes. What has come of the next frame then is read with
+// them.
 func (c *Conn) readAll(bufs [][]byte) error {
 	for len(bufs) > 0 {
 		n, err := 0, error(nil)
-		switch {
-		case len(c.unread) > 0 || c.socket == nil:
+		if len(c.unread) > 0 || c.socket == nil {
 			n, err = c.Read(bufs[0])
-		case len(bufs) < maxRuns:
+		} else {
 			c.unpack.more = append(append(c.unpack.more[:0], bufs...), c.ahead[:])
 			n, err = c.read(c.unpack.more...)
-		default:
-			n, err = c.read(bufs...)
 		}
 		for ; len(bufs) > 0 && n >= len(bufs[0]); bufs = bufs[1:] {
 			n -= len(bufs[0])
@@ -406,7 +404,7 @@ func (c *Conn) Write(t Type, v any) error {
 	return c.writeAll(append(b, payload...))
 }
 
-// ReadHeader waits for the next frame. What follows is ReadMessage, ReadPages or Skip. At the
+// ReadHeader waits for the next frame. What follows is ReadMessage or ReadPages. At the
 // end of the stream between two frames the error is io.EOF.
 func (c *Conn) ReadHeader() (Header, error) {
 	var b [headerSize]byte

@@ -8,6 +8,7 @@ import (
 	"net"
 	"strings"
 	"testing"
+	"testing/iotest"
 	"time"
 
 	"github.com/klauspost/compress/s2"
@@ -314,6 +315,7 @@ func TestHostilePages(t *testing.T) {
 		"runs beyond the payload":  batch([][3]uint64{{0, 1, kindData}}, 0, 0, nil)[:batchSize+8],
 		"unknown check":            append([]byte{1, 0, 0, 1}, batch([][3]uint64{{0, 1, kindZero}}, 0, 0, nil)[4:]...),
 		"no longer used check":     append([]byte{1, 0, 0, 2}, batch([][3]uint64{{0, 1, kindData}}, 0, pageSize, page)[4:]...),
+		"another such":             append([]byte{1, 0, 0, 4}, batch([][3]uint64{{0, 1, kindData}}, 0, pageSize, append([]byte{0, 0, 0, 0}, page...))[4:]...),
 		"no sums":                  append([]byte{1, 0, 0, checkPages}, batch([][3]uint64{{0, 1, kindData}}, 0, pageSize, page)[4:]...),
 		"sums beyond the payload":  append([]byte{1, 0, 0, checkDigests}, batch([][3]uint64{{0, 1, kindData}}, 0, pageSize, nil)[4:]...),
 		"sums of compressed data":  append([]byte{1, 0, byte(S2), checkPages}, batch([][3]uint64{{0, 1, kindData}}, 0, pageSize, append([]byte{0, 0, 0, 0}, s2.Encode(nil, page)...))[4:]...),
@@ -327,6 +329,69 @@ func TestHostilePages(t *testing.T) {
 		}
 	}
 }
+
+// TestReadAhead: pages, a whole frame and part of a header that have come together are read as if each had come alone, by
+// a socket and by a stream that gives its end with the last bytes, and by one that gives them one by one.
+func TestReadAhead(t *testing.T) {
+	from := guest(t)
+	var all buffer
+	out := NewConn(&all)
+	b, err := NewBatch(from, None, 0, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		sendAll(t, out, from, b)
+		if err := out.Write(TypeRound, Round{Number: 1}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, stream := range map[string]func() io.ReadWriteCloser{
+		"socket": func() io.ReadWriteCloser {
+			source, target := sockets(t)
+			go func() {
+				_, _ = source.Write(all.Bytes())
+				source.Close()
+			}()
+			return target
+		},
+		"end with data": func() io.ReadWriteCloser { return reading{iotest.DataErrReader(bytes.NewReader(all.Bytes()))} },
+		"one by one":    func() io.ReadWriteCloser { return reading{iotest.OneByteReader(bytes.NewReader(all.Bytes()))} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			to := fresh(t, from)
+			c := NewConn(stream())
+			for n := 0; n < 3; {
+				h, err := c.ReadHeader()
+				if err != nil {
+					t.Fatal(err)
+				}
+				if h.Type == TypeRound {
+					var r Round
+					if err := c.ReadMessage(h, &r); err != nil || r.Number != 1 {
+						t.Fatal(r, err)
+					}
+					n++
+				} else if _, _, err := c.ReadPages(h, to); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if _, err := c.ReadHeader(); err != io.EOF {
+				t.Errorf("after the last frame: %v", err)
+			}
+			if c.Received() != uint64(all.Len()) {
+				t.Errorf("%d bytes received of %d", c.Received(), all.Len())
+			}
+			same(t, from, to.Memory)
+		})
+	}
+}
+
+// reading is a stream that is read only.
+type reading struct{ io.Reader }
+
+func (reading) Write([]byte) (int, error) { return 0, io.ErrClosedPipe }
+func (reading) Close() error              { return nil }
 
 // TestEveryByte breaks each byte of a stream in turn: it never passes.
 func TestEveryByte(t *testing.T) {
