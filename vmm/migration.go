@@ -141,6 +141,19 @@ func (m *Machine) rehearse() error {
 	return nil
 }
 
+// rehearseLeaving saves the state of a machine whose guest has not begun, for the same reason.
+func (m *Machine) rehearseLeaving() error {
+	if err := m.quiesce(); err != nil {
+		return err
+	}
+	for _, s := range m.staters() {
+		if _, err := s.SaveState(); err != nil {
+			return errors.Join(err, m.unquiesce())
+		}
+	}
+	return m.unquiesce()
+}
+
 // migrationGC lets a heap of 16 MiB grow before it is collected while there is a migration: more than one needs.
 const migrationGC = 400
 
