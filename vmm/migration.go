@@ -15,6 +15,7 @@ import (
 
 	"baton/devices"
 	"baton/devices/pci"
+	"baton/devices/virtio/console"
 	"baton/migrate"
 	"baton/migrate/wire"
 	"baton/vmm/qmp"
@@ -133,7 +134,7 @@ func (m *Machine) awaitMigration(a wire.Address) error {
 func (m *Machine) rehearse() error {
 	for _, s := range m.staters() {
 		data, err := s.SaveState()
-		if err == nil {
+		if err == nil && !m.takesInput(s) { // which would come twice
 			err = s.LoadState(s.StateInfo().Version, data)
 		}
 		if err != nil {
@@ -141,6 +142,17 @@ func (m *Machine) rehearse() error {
 		}
 	}
 	return nil
+}
+
+// takesInput says whether what the host has sent is put after what comes with the state.
+func (m *Machine) takesInput(s devices.Stater) bool {
+	if s == devices.Stater(m.serial) {
+		return true
+	}
+	return slices.ContainsFunc(m.devices, func(d *device) bool {
+		_, is := d.model.(*console.Device)
+		return is && any(d.fn) == any(s)
+	})
 }
 
 // rehearseLeaving saves the state of a machine whose guest has not begun, for the same reason.
@@ -348,7 +360,8 @@ func (m *Machine) arrived(running bool, stopped time.Duration) error {
 }
 
 // A guest that has come is behind: what it works with is in no cache, what came for it is waiting, and its peers are, too.
-// For so long its vCPUs go before what else there is to do at the end of a migration, where they may.
+// For so long its vCPUs go before what else there is to do at the end of a migration, where they may; before what serves
+// them as well, if that is on the same CPU.
 const (
 	catchUpTime = 200 * time.Millisecond
 	catchUpNice = -10
@@ -358,11 +371,23 @@ const (
 func (m *Machine) catchUp() {
 	for _, c := range m.vcpus {
 		tid := int(c.tid.Load())
-		usual, err := unix.Getpriority(unix.PRIO_PROCESS, tid)
-		if err != nil || unix.Setpriority(unix.PRIO_PROCESS, tid, catchUpNice) != nil {
+		usual, err := unix.SchedGetAttr(tid, 0)
+		if err != nil || usual.Policy != unix.SCHED_NORMAL || usual.Nice <= catchUpNice {
+			continue
+		}
+		nice := usual.Nice
+		usual.Flags |= unix.SCHED_FLAG_RESET_ON_FORK // for what it starts meanwhile
+		usual.Runtime, usual.Nice = 0, catchUpNice
+		if unix.SchedSetAttr(tid, usual, 0) != nil {
 			return
 		}
-		time.AfterFunc(catchUpTime, func() { _ = unix.Setpriority(unix.PRIO_PROCESS, tid, 20-usual) }) // the system call's way to say it
+		time.AfterFunc(catchUpTime, func() {
+			now, err := unix.SchedGetAttr(tid, 0)
+			if err == nil && now.Nice == catchUpNice { // nobody else has changed it
+				usual.Nice = nice
+				_ = unix.SchedSetAttr(tid, usual, 0) // takes no privilege
+			}
+		})
 	}
 }
 

@@ -226,7 +226,7 @@ func (m *Machine) begin(ctx context.Context) error {
 	if err := m.restart(); err != nil {
 		return err
 	}
-	if len(m.monitors) > 0 { // by which the guest may be told to go
+	if len(m.monitors) > 0 || m.shared != nil { // by which the guest may be told to go
 		if err := m.rehearseLeaving(); err != nil {
 			m.log.Warn("the guest will not be able to migrate: " + err.Error())
 		}

@@ -25,8 +25,15 @@ type vcpu struct {
 // run executes the guest until the gate says that it is over. It is the hot path: bus
 // dispatch and KVM_RUN allocate nothing.
 func (c *vcpu) run() {
-	runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+	runtime.LockOSThread() // never unlocked, but for the first thread: the thread ends with the goroutine
 	tid := unix.Gettid()
+	if tid == os.Getpid() { // whose name is the process's: another thread, then, while this one waits
+		defer runtime.UnlockOSThread()
+		done := make(chan struct{})
+		go func() { defer close(done); c.run() }()
+		<-done
+		return
+	}
 	c.tid.Store(int32(tid))
 	_ = os.WriteFile(fmt.Sprintf("/proc/self/task/%d/comm", tid), fmt.Appendf(nil, "CPU %d/KVM", c.ID()), 0) // for top and the like
 	for {
