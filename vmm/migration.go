@@ -347,7 +347,7 @@ func (m *Machine) arrived(running bool, stopped time.Duration) error {
 	if !running || m.cfg.Paused {
 		m.setState(StatePaused)
 	} else {
-		m.catchUp()
+		time.AfterFunc(catchUpTime, m.goFirst())
 		m.resume()
 	}
 	m.guestCame(stopped)
@@ -367,8 +367,9 @@ const (
 	catchUpNice = -10
 )
 
-// catchUp has the vCPUs go first for a while.
-func (m *Machine) catchUp() {
+// goFirst has the vCPUs go first, until undo.
+func (m *Machine) goFirst() (undo func()) {
+	var undos []func()
 	for _, c := range m.vcpus {
 		tid := int(c.tid.Load())
 		usual, err := unix.SchedGetAttr(tid, 0)
@@ -379,15 +380,20 @@ func (m *Machine) catchUp() {
 		usual.Flags |= unix.SCHED_FLAG_RESET_ON_FORK // for what it starts meanwhile
 		usual.Runtime, usual.Nice = 0, catchUpNice
 		if unix.SchedSetAttr(tid, usual, 0) != nil {
-			return
+			continue
 		}
-		time.AfterFunc(catchUpTime, func() {
+		undos = append(undos, func() {
 			now, err := unix.SchedGetAttr(tid, 0)
 			if err == nil && now.Nice == catchUpNice { // nobody else has changed it
 				usual.Nice = nice
 				_ = unix.SchedSetAttr(tid, usual, 0) // takes no privilege
 			}
 		})
+	}
+	return func() {
+		for _, f := range undos {
+			f()
+		}
 	}
 }
 
